@@ -1,0 +1,20 @@
+"""Every test sees eight CPU devices, unless it asks for a GPU (`pytest -m gpu`)."""
+
+import os
+import sys
+
+
+def _wants_gpu() -> bool:
+    """Whether pytest was called with `-m gpu`."""
+    return any(
+        sys.argv[i] in ("-m", "-mgpu") and "gpu" in sys.argv[i:][:2][-1].split()
+        for i in range(len(sys.argv))
+    )
+
+
+if not _wants_gpu():
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_force_host_platform_device_count" not in flags:
+        count = "--xla_force_host_platform_device_count=8"
+        os.environ["XLA_FLAGS"] = f"{flags} {count}".strip()
