@@ -1,0 +1,46 @@
+"""Factorized attention: pure functions of q, k and v.
+
+    from sparse_flax.attention import sparse_attention, Strided
+    out_BTHV = sparse_attention(q_BTHK, k_BTHK, v_BTHV, Strided(128))
+
+This package imports nothing else of sparse_flax, and no flax.
+
+    patterns.py    who sees whom: Dense, Local, Columns, Strided, Blocks, Summaries, ...
+    parts.py       the six disjoint parts that patterns are unions of, and their cores
+    dispatch.py    sparse_attention and explain: checks, the pick, sharded calls
+    union.py       merge: attention over a union of disjoint key sets
+    reference.py   implementation: dense masked softmax in float32
+    gathered.py    implementation: blocks and views in plain XLA, any device
+"""
+
+from sparse_flax.attention.dispatch import Explanation, explain, sparse_attention
+from sparse_flax.attention.patterns import (
+    Blocks,
+    Columns,
+    Dense,
+    Fixed,
+    Local,
+    Pattern,
+    PerHead,
+    Strided,
+    Summaries,
+    parse,
+)
+from sparse_flax.attention.union import merge
+
+__all__ = [
+    "Blocks",
+    "Columns",
+    "Dense",
+    "Explanation",
+    "Fixed",
+    "Local",
+    "Pattern",
+    "PerHead",
+    "Strided",
+    "Summaries",
+    "explain",
+    "merge",
+    "parse",
+    "sparse_attention",
+]

@@ -1,0 +1,207 @@
+"""The public call: checks, the pick of an implementation, and sharded arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import math
+from types import ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from sparse_flax.attention import gathered, reference
+from sparse_flax.attention.patterns import Pattern
+
+# Fastest first. A module here has attend(q, k, v, pattern, scale) -> out; to add an
+# implementation, add its module.
+IMPLEMENTATIONS: dict[str, ModuleType] = {
+    "gathered": gathered,
+    "reference": reference,
+}
+
+
+def sparse_attention(
+    q_BTHK: jax.Array,
+    k_BTHK: jax.Array,
+    v_BTHV: jax.Array,
+    pattern: Pattern,
+    *,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Attend, each query to the keys that `pattern` lets it see.
+
+    Arguments and layout are those of `jax.nn.dot_product_attention`.
+
+    Args:
+      q_BTHK: queries [batch, tokens, heads, width], float.
+      k_BTHK: keys [B, T, H_kv, K], where H_kv divides H: query head h uses key and
+        value head h // (H / H_kv).
+      v_BTHV: values [B, T, H_kv, V]; V may differ from K.
+      pattern: who sees whom. Patterns belong to query heads by global index.
+      scale: multiplies q.k; 1/sqrt(K) by default.
+      implementation: 'gathered' (any device, differentiable to any order) or
+        'reference' (dense, float32); None picks. One named here is used or refused,
+        never replaced.
+
+    Returns:
+      out_BTHV [B, T, H, V] in v's dtype. Softmax and sums are in float32.
+
+    Raises:
+      ValueError: shapes, dtypes, pattern or implementation do not fit; in a sentence.
+
+    Arrays whose types carry a sharding over batch or heads (a mesh with Explicit axes)
+    are computed shard by shard without communication.
+    """
+    _check(q_BTHK, k_BTHK, v_BTHV, pattern)
+    scale = float(q_BTHK.shape[-1] ** -0.5 if scale is None else scale)
+    name, _ = _pick(implementation)
+    attend = functools.partial(
+        IMPLEMENTATIONS[name].attend, pattern=pattern, scale=scale
+    )
+    return _by_shard(attend, q_BTHK, k_BTHK, v_BTHV, pattern)
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What a call would run, and what it costs. Print it."""
+
+    implementation: str
+    reason: str
+    device_kind: str
+    pattern: Pattern
+    keys_per_query: float  # mean over queries and heads
+    dense_fraction: float  # of the pairs of causal dense attention
+    flops: int  # forward pass; a multiplication and an addition are two
+    backward_flops: int  # of the pairs alone, without any recomputation
+    bytes: int  # q, k, v and out, each moved once
+
+    def __str__(self) -> str:
+        """Six lines for a person."""
+        return "\n".join(
+            [
+                f"{self.pattern} on {self.device_kind}",
+                f"  runs         {self.implementation}: {self.reason}",
+                f"  keys/query   {self.keys_per_query:,.1f} on average, "
+                f"{self.dense_fraction:.2%} of dense",
+                f"  forward      {self.flops:,} FLOPs",
+                f"  backward     {self.backward_flops:,} FLOPs",
+                f"  moves        {self.bytes:,} bytes at least (q, k, v, out once)",
+            ]
+        )
+
+
+def explain(
+    pattern: Pattern,
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    device_kind: str | None = None,
+    implementation: str | None = None,
+) -> Explanation:
+    """Say what `sparse_attention` would run for these arguments, why, and its cost.
+
+    Args:
+      pattern: as for `sparse_attention`.
+      q, k, v: arrays, `jax.ShapeDtypeStruct`s, or shapes (taken as bfloat16).
+      device_kind: as `jax.Device.device_kind`; the default device's if None.
+      implementation: as for `sparse_attention`.
+    """
+    q, k, v = (_as_struct(x) for x in (q, k, v))
+    _check(q, k, v, pattern)
+    name, reason = _pick(implementation)
+    (B, T, H, K), V = q.shape, v.shape[-1]
+    period = pattern.head_period
+    pairs = B * sum(pattern.pairs(T, head % period) for head in range(H))
+    out_bytes = B * T * H * V * v.dtype.itemsize
+    return Explanation(
+        implementation=name,
+        reason=reason,
+        device_kind=device_kind or jax.devices()[0].device_kind,
+        pattern=pattern,
+        keys_per_query=pairs / (B * T * H),
+        dense_fraction=pairs / (B * H * T * (T + 1) // 2),
+        flops=2 * (K + V) * pairs,
+        # Five products: the scores again, dP and dV over V, dQ and dK over K.
+        backward_flops=2 * (3 * K + 2 * V) * pairs,
+        bytes=sum(math.prod(x.shape) * x.dtype.itemsize for x in (q, k, v)) + out_bytes,
+    )
+
+
+def _pick(implementation: str | None) -> tuple[str, str]:
+    """Return the implementation's name and the reason for it."""
+    if implementation is None:
+        return "gathered", "the fastest that there is; it runs on any device"
+    if implementation not in IMPLEMENTATIONS:
+        near = difflib.get_close_matches(str(implementation), IMPLEMENTATIONS, 1, 0)
+        raise ValueError(
+            f"implementation={implementation!r} is none of "
+            f"{', '.join(IMPLEMENTATIONS)}; try {near[0]!r} or None"
+        )
+    return implementation, "named by the caller"
+
+
+def _check(q: Any, k: Any, v: Any, pattern: Pattern) -> None:
+    if not isinstance(pattern, Pattern):
+        raise ValueError(f"pattern={pattern!r} is no pattern; try Strided(128)")
+    shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
+    if not (len(q.shape) == len(k.shape) == len(v.shape) == 4):
+        raise ValueError(
+            f"{shapes}: each must have four dimensions (batch, tokens, heads, width)"
+        )
+    if 0 in q.shape + k.shape + v.shape:
+        raise ValueError(f"{shapes}: no dimension may be 0")
+    if q.shape[:2] != k.shape[:2] or k.shape[:3] != v.shape[:3]:
+        raise ValueError(
+            f"{shapes}: batch and tokens must agree in all, heads in k and v"
+        )
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"{shapes}: q and k must have the same width")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"{shapes}: {k.shape[2]} key heads do not divide {q.shape[2]} query heads; "
+            f"try {math.gcd(q.shape[2], k.shape[2])} key heads"
+        )
+    dtypes = {np.dtype(x.dtype) for x in (q, k, v)}
+    if len(dtypes) > 1 or not jax.numpy.issubdtype(q.dtype, jax.numpy.floating):
+        raise ValueError(
+            f"q {q.dtype}, k {k.dtype}, v {v.dtype}: all must have one floating-point "
+            "dtype; cast them to q's, or to float32"
+        )
+
+
+def _by_shard(attend, q, k, v, pattern: Pattern) -> jax.Array:
+    """Call attend on each device's own batch rows and heads."""
+    sharding = jax.typeof(q).sharding
+    spec = tuple(sharding.spec) + (None,) * (4 - len(sharding.spec))
+    if not any(spec):
+        return attend(q, k, v)
+    batch, tokens, heads, width = spec
+    if tokens or width:
+        raise ValueError(
+            f"q is sharded as {sharding.spec}; only batch and heads may be, so reshard "
+            "tokens and width to None first"
+        )
+    axes = (heads,) if isinstance(heads, str) else tuple(heads or ())
+    shards = math.prod(sharding.mesh.shape[axis] for axis in axes)
+    H, period = q.shape[2], pattern.head_period
+    # Heads keep their global pattern only if each device starts a new period.
+    if shards > 1 and (H % shards or (H // shards) % period or k.shape[2] % shards):
+        raise ValueError(
+            f"{H} query and {k.shape[2]} key heads over {shards} devices: each device "
+            f"needs whole key heads and a multiple of {period} query heads (the period "
+            f"of {pattern}); shard heads over fewer devices"
+        )
+    layout = P(batch, None, heads, None)
+    return jax.shard_map(attend, in_specs=(layout,) * 3, out_specs=layout)(q, k, v)
+
+
+def _as_struct(x: Any) -> jax.ShapeDtypeStruct:
+    if hasattr(x, "shape"):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return jax.ShapeDtypeStruct(tuple(x), jax.numpy.bfloat16)
