@@ -1,0 +1,157 @@
+"""Batches as a pure function of (seed, step), so that a resumed run repeats nothing.
+
+Every process makes the whole batch; it costs microseconds, and which part of it a
+device gets is then a matter of sharding alone.
+"""
+
+import functools
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+
+from sparse_flax.errors import UserError
+
+START = 256  # The input before the first byte; never a target.
+
+
+class RandomWindows:
+    """A grain source whose record i is batch i: uint8 [B, T] targets.
+
+    As in the paper's own code, an epoch cuts the data from a fresh random offset into
+    W = max(1, N // T - 1) windows side by side and visits each once in a fresh random
+    order; a batch may end one epoch and begin the next.
+    """
+
+    def __init__(
+        self, data: np.ndarray, *, batch_size: int, context: int, seed: int, steps: int
+    ):
+        """Describe the batches; nothing is read yet.
+
+        Args:
+          data: uint8 [N].
+          batch_size: B, windows in a batch.
+          context: T, bytes in a window.
+          seed: in [0, 2**64); another seed gives other batches.
+          steps: the number of batches.
+
+        Raises:
+          UserError: the data is shorter than one window, or the seed is out of range.
+        """
+        if data.size < context:
+            raise UserError(
+                f"context={context} is longer than the {data.size} bytes of training "
+                f"data; use context={data.size} or less, or give more data"
+            )
+        if not 0 <= seed < 2**64:
+            nearest = 0 if seed < 0 else 2**64 - 1
+            raise UserError(f"seed={seed} is not in [0, 2**64); use {nearest}")
+        self._data, self._batch_size, self._context = data, batch_size, context
+        self._seed, self._steps = seed, steps
+        self._windows = max(1, data.size // context - 1)
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return self._steps
+
+    def __getitem__(self, step: int) -> np.ndarray:
+        """Return batch number `step`: uint8 [B, T]."""
+        slack = self._data.size - self._windows * self._context
+        batch_BT = np.empty((self._batch_size, self._context), np.uint8)
+        for row in range(self._batch_size):
+            window = int(step) * self._batch_size + row
+            epoch, position = divmod(window, self._windows)
+            offset, order = _epoch(self._seed, epoch, self._windows, slack)
+            start = offset + int(order[position]) * self._context
+            batch_BT[row] = self._data[start : start + self._context]
+        return batch_BT
+
+
+# Two, because a batch may straddle two epochs.
+@functools.lru_cache(maxsize=2)
+def _epoch(seed: int, epoch: int, windows: int, slack: int) -> tuple[int, np.ndarray]:
+    """Draw one epoch's offset in [0, slack] and its order of windows."""
+    # Only the raw words of Philox are promised to stay the same in later versions of
+    # numpy; Generator.permutation is not.
+    key = np.array([seed, epoch], np.uint64)
+    words = np.random.Philox(key=key).random_raw(windows + 1)
+    order = np.argsort(words[1:], kind="stable")
+    order.flags.writeable = False
+    return int(words[0]) % (slack + 1), order
+
+
+def inputs_and_targets(windows_BT: np.ndarray) -> dict[str, np.ndarray]:
+    """Turn uint8 [B, T] windows into what the model reads and what it predicts.
+
+    Returns:
+      inputs_BT: int32 [B, T], the byte before each target, `START` before the first.
+      targets_BT: int32 [B, T], the windows.
+    """
+    targets_BT = windows_BT.astype(np.int32)
+    inputs_BT = np.empty_like(targets_BT)
+    inputs_BT[:, 0] = START
+    inputs_BT[:, 1:] = targets_BT[:, :-1]
+    return {"inputs_BT": inputs_BT, "targets_BT": targets_BT}
+
+
+def train_batches(
+    data: np.ndarray,
+    *,
+    batch_size: int,
+    context: int,
+    seed: int,
+    start: int,
+    steps: int,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yield batches start, ..., steps - 1, as `inputs_and_targets` gives them.
+
+    Batch i is the same whatever `start` is. Arguments and errors are those of
+    `RandomWindows`.
+    """
+    source = RandomWindows(
+        data, batch_size=batch_size, context=context, seed=seed, steps=steps
+    )
+    if start >= steps:
+        return iter(())
+    dataset = grain.MapDataset.source(source)[start:].map(inputs_and_targets)
+    # Threads, never processes: a batch costs less than sending it between processes.
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+    return iter(dataset.to_iter_dataset(options))
+
+
+def evaluation_window_count(size: int, context: int, max_windows: int = 0) -> int:
+    """Return how many windows of `context` bytes `evaluation_batches` scores."""
+    windows = -(-size // context)
+    return min(windows, max_windows) if max_windows > 0 else windows
+
+
+def evaluation_batches(
+    data: np.ndarray, *, batch_size: int, context: int, max_windows: int = 0
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yield windows side by side that hold every byte of the data exactly once.
+
+    The last window and the last batch are padded with zeros to full shape.
+
+    Args:
+      data: uint8 [N].
+      batch_size: B, windows in a batch.
+      context: T, bytes in a window.
+      max_windows: if positive and fewer than the data has, only that many windows,
+        full ones, spread evenly over the data, always the same.
+
+    Yields:
+      What `inputs_and_targets` gives, and weights_BT: float32 [B, T], 1 for a byte of
+      the data and 0 for padding.
+    """
+    count = evaluation_window_count(data.size, context, max_windows)
+    # A selection is made among the full windows, and the whole has all of them.
+    available = max(count, data.size // context)
+    for first in range(0, count, batch_size):
+        windows_BT = np.zeros((batch_size, context), np.uint8)
+        weights_BT = np.zeros((batch_size, context), np.float32)
+        for row in range(min(batch_size, count - first)):
+            start = (first + row) * available // count * context
+            window = data[start : start + context]
+            windows_BT[row, : window.size] = window
+            weights_BT[row, : window.size] = 1
+        yield inputs_and_targets(windows_BT) | {"weights_BT": weights_BT}

@@ -1,0 +1,289 @@
+"""The Sparse Transformer: embedding, residual blocks, logits (paper, section 5).
+
+Dimension letters, here and everywhere else:
+
+    B batch   T tokens   D width   H heads   K query/key head width   V value head width
+    F feed-forward width   N entries of a table, the 256 bytes among them   L layers
+    S stride or block   R rows (T/S)   C summary width
+
+Modules hold float32 parameters and nothing else; only jax.jit, jax.grad, jax.checkpoint
+and lax.scan transform them, and random keys are arguments. The parameters of all
+residual blocks are stacked [L, ..] and scanned over, so that 128 layers compile as fast
+as one cycle of patterns.
+
+Initialisation. The paper prints N(0, 0.125/sqrt(d_in)); its authors' code for images
+uses that figure's square root, sqrt(0.125/d_in), as the standard deviation. `init`
+chooses; 'code' is the default. Ll = number of blocks, e = number of position tables.
+
+    parameter                          'code': std             'paper': std
+    token_ND, start_D                  0.01                    0.125 / sqrt(D)
+    positions_ND                       0.01 / sqrt(e)          0.125 / sqrt(D e)
+    query, key, value, up              sqrt(0.125 / D)         0.125 / sqrt(D)
+    out                                the same x sqrt(1 / (2 Ll))
+    down                               as out, with d_in = F
+    logits_DN, all biases              0                       0
+    norm scales                        1                       1
+
+Zero logits make the loss before training exactly 8 bits a byte.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from sparse_flax.attention import Pattern, sparse_attention
+from sparse_flax.sharding import activation, whole
+
+START = 256  # the input before the first byte
+
+# What the backward pass of a block keeps besides its input; the rest is computed again.
+REMAT = {
+    "none": None,  # keep everything, compute nothing again
+    "full": (),
+    "qkv": ("qkv",),
+    "qkv+mlp": ("qkv", "mlp"),
+}
+INITS = ("code", "paper")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The architecture. Widths are whole numbers that the heads divide."""
+
+    context: int  # T at most
+    layers: int
+    width: int  # D
+    heads: int  # H
+    qk_width: int  # of all heads together, H * K
+    feed_forward: int  # F
+    patterns: tuple[Pattern, ...]  # layer r uses patterns[r mod len(patterns)]
+    position_shape: tuple[int, ...]  # sizes of the position tables; product >= context
+    dropout: float = 0.0
+    init: str = "code"
+    dtype: str = "bfloat16"  # of activations and matrix products
+    remat: str = "full"
+    implementation: str | None = None  # of attention; None picks
+    vocabulary: int = 256
+
+
+class Block(nnx.Module):
+    """One residual block: x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        D, H, F = config.width, config.heads, config.feed_forward
+        K, V = config.qk_width // H, D // H
+        q, k, v, out, up, down = jax.random.split(key, 6)
+        weight = functools.partial(_linear, config)
+        branch = math.sqrt(1 / (2 * config.layers))
+        self.norm1_scale_D = nnx.Param(jnp.ones(D))
+        self.norm1_bias_D = nnx.Param(jnp.zeros(D))
+        self.query_DHK = weight(q, (D, H, K), D)
+        self.query_bias_HK = nnx.Param(jnp.zeros((H, K)))
+        self.key_DHK = weight(k, (D, H, K), D)
+        self.key_bias_HK = nnx.Param(jnp.zeros((H, K)))
+        self.value_DHV = weight(v, (D, H, V), D)
+        self.value_bias_HV = nnx.Param(jnp.zeros((H, V)))
+        self.out_HVD = weight(out, (H, V, D), D, branch)
+        self.out_bias_D = nnx.Param(jnp.zeros(D))
+        self.norm2_scale_D = nnx.Param(jnp.ones(D))
+        self.norm2_bias_D = nnx.Param(jnp.zeros(D))
+        self.up_DF = weight(up, (D, F), D)
+        self.up_bias_F = nnx.Param(jnp.zeros(F))
+        self.down_FD = weight(down, (F, D), F, branch)
+        self.down_bias_D = nnx.Param(jnp.zeros(D))
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        config: ModelConfig,
+        pattern: Pattern,
+        key: jax.Array | None,
+    ) -> jax.Array:
+        """Return the residual stream after this block; `key` None drops nothing."""
+        keys = (None, None) if key is None else jax.random.split(key)
+        h = _norm(x_BTD, self.norm1_scale_D, self.norm1_bias_D, 1e-5)
+        q_BTHK = _project("BTD,DHK->BTHK", h, self.query_DHK, self.query_bias_HK)
+        k_BTHK = _project("BTD,DHK->BTHK", h, self.key_DHK, self.key_bias_HK)
+        v_BTHV = _project("BTD,DHV->BTHV", h, self.value_DHV, self.value_bias_HV)
+        q, k, v = (checkpoint_name(x, "qkv") for x in (q_BTHK, k_BTHK, v_BTHV))
+        a_BTHV = sparse_attention(
+            q, k, v, pattern, implementation=config.implementation
+        )
+        a_BTD = _project("BTHV,HVD->BTD", a_BTHV, self.out_HVD, self.out_bias_D)
+        x_BTD = x_BTD + _dropout(a_BTD, config.dropout, keys[0])
+        h = _norm(x_BTD, self.norm2_scale_D, self.norm2_bias_D, 1e-5)
+        f_BTF = _project("BTD,DF->BTF", h, self.up_DF, self.up_bias_F)
+        f_BTF = quick_gelu(checkpoint_name(f_BTF, "mlp"))
+        f_BTD = _project("BTF,FD->BTD", f_BTF, self.down_FD, self.down_bias_D)
+        return x_BTD + _dropout(f_BTD, config.dropout, keys[1])
+
+
+class SparseTransformer(nnx.Module):
+    """Predict the next byte of a sequence, for every position at once.
+
+    >>> model = SparseTransformer(config, jax.random.key(0))
+    >>> logits_BTN = model(inputs_BT)
+    """
+
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        """Draw the parameters; the same key gives the same model on any device."""
+        N, D, tables = config.vocabulary, config.width, len(config.position_shape)
+        std = 0.125 / math.sqrt(D) if config.init == "paper" else 0.01
+        token, start, positions, blocks = jax.random.split(key, 4)
+        self.token_ND = nnx.Param(std * jax.random.normal(token, (N, D)))
+        self.start_D = nnx.Param(std * jax.random.normal(start, (D,)))
+        self.positions_ND = nnx.List(
+            nnx.Param(std / math.sqrt(tables) * jax.random.normal(table_key, (n, D)))
+            for table_key, n in zip(
+                jax.random.split(positions, tables), config.position_shape, strict=True
+            )
+        )
+        self.blocks = jax.vmap(functools.partial(Block, config))(
+            jax.random.split(blocks, config.layers)
+        )
+        self.norm_scale_D = nnx.Param(jnp.ones(D))
+        self.norm_bias_D = nnx.Param(jnp.zeros(D))
+        self.logits_DN = nnx.Param(jnp.zeros((D, N)))
+        self.config = config
+
+    def __call__(
+        self, inputs_BT: jax.Array, dropout_key: jax.Array | None = None
+    ) -> jax.Array:
+        """Return logits [B, T, 256] in float32.
+
+        Args:
+          inputs_BT: integers; entry t is the byte before the one to be predicted at t,
+            `START` (256) where there is none. T may be less than the context.
+          dropout_key: a `jax.random.key`; None leaves dropout out.
+        """
+        T = inputs_BT.shape[1]
+        if self.config.context < T:
+            raise ValueError(
+                f"{T} tokens are more than the model's context of {self.config.context}"
+                f"; give {self.config.context} or fewer"
+            )
+        x_BTD = self.embed(inputs_BT)
+        x_BTD = self._run_blocks(x_BTD, dropout_key)
+        h = _norm(x_BTD, self.norm_scale_D, self.norm_bias_D, 1e-6)
+        # Float32 logits from compute-dtype operands: the sum is kept, not rounded.
+        return jnp.einsum(
+            "BTD,DN->BTN",
+            h,
+            self.logits_DN[...].astype(h.dtype),
+            preferred_element_type=jnp.float32,
+            out_sharding=activation("BTN"),
+        )
+
+    def embed(self, inputs_BT: jax.Array) -> jax.Array:
+        """Embed each input byte with that byte's own position, never its target's.
+
+        The paper's sequence of embeddings is shifted right as a whole, behind a learned
+        start vector without a position.
+        """
+        dtype = jnp.dtype(self.config.dtype)
+        T = inputs_BT.shape[1]
+        # One-hot products: a gather's transpose is a scatter-add, which a GPU sums in
+        # no fixed order. START is out of range and so embeds to zero.
+        one_hot_BTN = jax.nn.one_hot(inputs_BT, self.config.vocabulary, dtype=dtype)
+        x_BTD = jnp.einsum(
+            "BTN,ND->BTD",
+            one_hot_BTN,
+            self.token_ND[...].astype(dtype),
+            out_sharding=activation("BTD"),
+        )
+        position_TD = self._positions(T - 1).astype(dtype)
+        position_TD = jnp.pad(position_TD, [(1, 0), (0, 0)])
+        start_D = self.start_D[...].astype(dtype)
+        is_start_BT1 = (inputs_BT == START)[..., None]
+        return jnp.where(is_start_BT1, start_D, x_BTD + position_TD)
+
+    def _positions(self, T: int) -> jax.Array:
+        """Sum one row of each table per token: the digits of its mixed-radix index."""
+        shape, D = self.config.position_shape, self.config.width
+        rows = max(-(-T // math.prod(shape[1:])), 1)
+        total = 0.0
+        for axis, table_ND in enumerate(self.positions_ND):
+            ones = [1] * len(shape)
+            table_ND = whole(table_ND[...])
+            if axis == 0:
+                table_ND = table_ND[:rows]
+            ones[axis] = table_ND.shape[0]
+            total = total + table_ND.reshape(*ones, D)
+        return total.reshape(-1, D)[:T]
+
+    def _run_blocks(self, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array:
+        """Scan over the pattern cycles, each block rematerialised on its own."""
+        config, period = self.config, len(self.config.patterns)
+        cycles = config.layers // period
+
+        def apply(x_BTD, block, layer, key, pattern):
+            layer_key = None if key is None else jax.random.fold_in(key, layer)
+            return block(x_BTD, config, pattern, layer_key)
+
+        if (kept := REMAT[config.remat]) is not None:
+            apply = jax.checkpoint(
+                apply,
+                policy=jax.checkpoint_policies.save_only_these_names(*kept),
+                prevent_cse=False,  # a scan already keeps the two passes apart
+                static_argnums=(4,),
+            )
+
+        def cycle(x_BTD, blocks_and_layers):
+            blocks, layers = blocks_and_layers
+            for place, pattern in enumerate(config.patterns):
+                block = jax.tree.map(lambda w: w[place], blocks)  # noqa: B023
+                x_BTD = apply(x_BTD, block, layers[place], key, pattern)
+            return x_BTD, None
+
+        blocks = jax.tree.map(
+            lambda w: w.reshape(cycles, period, *w.shape[1:]), self.blocks
+        )
+        layers = jnp.arange(config.layers).reshape(cycles, period)
+        x_BTD, _ = jax.lax.scan(cycle, x_BTD, (blocks, layers))
+        return x_BTD
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """x * sigmoid(1.702 x), the paper's activation function (section 5.2)."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def parameter_count(model: SparseTransformer) -> int:
+    """Count the parameters, also of a model of `jax.ShapeDtypeStruct`s."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model))
+
+
+def _linear(config: ModelConfig, key, shape, d_in: int, factor: float = 1.0):
+    std = 0.125 / math.sqrt(d_in) if config.init == "paper" else math.sqrt(0.125 / d_in)
+    return nnx.Param(factor * std * jax.random.normal(key, shape))
+
+
+def _norm(x: jax.Array, scale_D, bias_D, epsilon: float) -> jax.Array:
+    """Layer normalisation in float32, returned in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    mean = jnp.mean(x32, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(x32 - mean), axis=-1, keepdims=True)
+    normal = (x32 - mean) * jax.lax.rsqrt(variance + epsilon)
+    return (normal * scale_D[...] + bias_D[...]).astype(x.dtype)
+
+
+def _project(equation: str, x: jax.Array, weight, bias) -> jax.Array:
+    """Multiply by a weight and add a bias, in x's dtype."""
+    out = activation(equation.split("->")[1])
+    y = jnp.einsum(equation, x, weight[...].astype(x.dtype), out_sharding=out)
+    return y + bias[...].astype(x.dtype)
+
+
+def _dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zero a fraction `rate` of the entries and scale up the rest."""
+    if key is None or rate == 0:
+        return x
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape, out_sharding=activation("BTD"))
+    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)

@@ -1,0 +1,92 @@
+"""The mesh, and the one table from dimension letters to mesh axes.
+
+What used to be called pjit is `jax.jit` over arrays that carry a `NamedSharding`. The
+axes are Explicit: shardings are part of array types, so a layout that does not fit is
+an error that prints both, never a silent copy. A mesh is always set, if only of one
+device; outside of one (a notebook, a model of your own) every layout here is None and
+the same code runs unsharded.
+
+    data    copies of the model, each with its own rows of the batch
+    fsdp    as data, but each device keeps only a slice of every parameter
+    tensor  heads and feed-forward columns, each on its own device
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sparse_flax.errors import UserError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# The table. A letter that is not here is on every device.
+ACTIVATION_AXES = {"B": ("data", "fsdp"), "H": "tensor", "F": "tensor"}
+PARAMETER_AXES = {"D": "fsdp", "H": "tensor", "F": "tensor"}
+
+
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """Make the mesh from the first data * fsdp * tensor devices.
+
+    Raises UserError if there are fewer devices.
+    """
+    sizes = (data, fsdp, tensor)
+    needed, there = math.prod(sizes), jax.device_count()
+    if needed > there:
+        raise UserError(
+            f"mesh.data={data}, mesh.fsdp={fsdp} and mesh.tensor={tensor} need {needed}"
+            f" devices, but there are {there}; try mesh.data={there}, and 1 for the "
+            "others"
+        )
+    return jax.make_mesh(
+        sizes,
+        MESH_AXES,
+        axis_types=(AxisType.Explicit,) * len(sizes),
+        devices=jax.devices()[:needed],
+    )
+
+
+def activation(letters: str) -> P | None:
+    """Return the layout of an activation, such as 'BTHK'; None without a mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return None
+    return P(*(ACTIVATION_AXES.get(letter) for letter in letters))
+
+
+def whole(x: jax.Array) -> jax.Array:
+    """Gather an array onto every device; without a mesh, return it as it is."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.sharding.reshard(x, P())
+
+
+def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
+    """Return a NamedSharding for each leaf, from the letters that end its name.
+
+    `blocks.up_DF` has the letters DF, and a leading layer dimension: leading dimensions
+    beyond the letters are on every device, as is a leaf whose name ends in no letters,
+    such as a step count, or in D alone: fsdp slices matrices, not vectors.
+    """
+
+    def sharding(path: tuple, leaf: Any) -> NamedSharding:
+        letters = dimension_letters(path)
+        if letters in ("", "D") or len(letters) > len(leaf.shape):
+            return NamedSharding(mesh, P())
+        leading = (None,) * (len(leaf.shape) - len(letters))
+        axes = (PARAMETER_AXES.get(letter) for letter in letters)
+        return NamedSharding(mesh, P(*leading, *axes))
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def dimension_letters(path: tuple) -> str:
+    """Return the letters that end a parameter's name, 'DF' for `.blocks.up_DF`."""
+    names = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
+    found = [re.search(r"_([A-Z]+)$", name) for name in names]
+    letters = [match.group(1) for match in found if match]
+    return letters[-1] if letters else ""
