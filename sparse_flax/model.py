@@ -251,7 +251,7 @@ class SparseTransformer(nnx.Module):
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
-    """x * sigmoid(1.702 x), the paper's activation function (section 5.2)."""
+    """Return x * sigmoid(1.702 x), the paper's activation function (section 5.2)."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 

@@ -58,6 +58,18 @@ def activation(letters: str) -> P | None:
     return P(*(ACTIVATION_AXES.get(letter) for letter in letters))
 
 
+def put_batch(batch: Any) -> Any:
+    """Place the arrays of a batch, whose first dimension is B, on the mesh."""
+    sharding = NamedSharding(jax.sharding.get_mesh(), P(ACTIVATION_AXES["B"]))
+    return jax.tree.map(lambda x: jax.device_put(x, sharding), batch)
+
+
+def batch_shards() -> int:
+    """Return over how many pieces the mesh splits a batch; 1 without a mesh."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape.get(axis, 1) for axis in ACTIVATION_AXES["B"])
+
+
 def whole(x: jax.Array) -> jax.Array:
     """Gather an array onto every device; without a mesh, return it as it is."""
     if jax.sharding.get_abstract_mesh().empty:

@@ -13,7 +13,12 @@ This package imports nothing else of sparse_flax, and no flax.
     gathered.py    implementation: blocks and views in plain XLA, any device
 """
 
-from sparse_flax.attention.dispatch import Explanation, explain, sparse_attention
+from sparse_flax.attention.dispatch import (
+    IMPLEMENTATIONS,
+    Explanation,
+    explain,
+    sparse_attention,
+)
 from sparse_flax.attention.patterns import (
     Blocks,
     Columns,
@@ -29,6 +34,7 @@ from sparse_flax.attention.patterns import (
 from sparse_flax.attention.union import merge
 
 __all__ = [
+    "IMPLEMENTATIONS",
     "Blocks",
     "Columns",
     "Dense",

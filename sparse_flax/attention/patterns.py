@@ -204,7 +204,7 @@ class Fixed(Pattern):
 
     @property
     def head_period(self) -> int:
-        """block / summary with rotate, else 1."""
+        """Offsets in a block with rotate, else 1."""
         return self.block // self.summary if self.rotate else 1
 
     def _offset(self, head: int) -> int:

@@ -11,8 +11,7 @@ import grain
 import numpy as np
 
 from sparse_flax.errors import UserError
-
-START = 256  # The input before the first byte; never a target.
+from sparse_flax.model import START
 
 
 class RandomWindows:

@@ -1,0 +1,99 @@
+"""What a run says before it starts: versions, devices, sizes, decisions."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from sparse_flax import __version__, flops
+from sparse_flax.data.bytes import Splits
+from sparse_flax.model import ModelConfig, SparseTransformer, parameter_count
+
+Say = Callable[[str], None]
+
+
+def show(
+    say: Say,
+    config: ConfigDict,
+    model_config: ModelConfig,
+    splits: Splits,
+    resumed: int | None,
+) -> None:
+    """Print the banner; `resumed` is the step of the restored checkpoint, or None."""
+    versions = ", ".join(
+        f"{name} {metadata.version(name)}"
+        for name in ("jax", "flax", "optax", "orbax-checkpoint")
+    )
+    say(f"versions           sparse_flax {__version__}, {versions}, Python "
+        f"{platform.python_version()}")  # fmt: skip
+    mesh = jax.sharding.get_mesh()
+    kind = mesh.devices.flat[0].device_kind
+    shape = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
+    say(
+        f"devices            {mesh.size} of {jax.device_count()} x {kind} "
+        f"(mesh: {shape})"
+    )
+    peak = flops.peak(kind)
+    say(
+        "peak               "
+        + (
+            f"{peak / 1e12:,.0f} TFLOP/s dense bfloat16 a device, as its vendor says"
+            if peak
+            else "not known for this device, so no MFU"
+        )
+    )
+    for warning in unused_accelerators():
+        say(f"WARNING: {warning}")
+    sizes = ", ".join(
+        f"{name} {getattr(splits, name).size:,}"
+        for name in ("train", "validation", "test")
+    )
+    say(f"data               {splits.source}: {sizes} bytes")
+    model = jax.eval_shape(
+        lambda key: SparseTransformer(model_config, key), jax.random.key(0)
+    )
+    say(f"parameters         {parameter_count(model):,}")
+    say(f"patterns           {config.model.patterns}")
+    tokens = config.train.batch_size * model_config.context
+    say(
+        f"tokens a step      {tokens:,} ({config.train.batch_size} sequences of "
+        f"{model_config.context:,}); {config.train.steps:,} steps are "
+        f"{tokens * config.train.steps / splits.train.size:,.2f} epochs"
+    )
+    say(
+        "resume             "
+        + (
+            "no checkpoint here: starting afresh"
+            if resumed is None
+            else f"from the checkpoint at step {resumed:,}"
+        )
+    )
+
+
+def unused_accelerators() -> list[str]:
+    """Return a sentence for each accelerator that is there and does not work."""
+    found = []
+    if jax.default_backend() == "cpu" and os.environ.get("JAX_PLATFORMS") != "cpu":
+        if Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi"):
+            found.append(
+                "an NVIDIA GPU is here, but jax runs on the CPU: "
+                'pip install "jax[cuda13]"'
+            )
+        if Path("/dev/accel0").exists() or Path("/dev/vfio/0").exists():
+            found.append(
+                'a TPU is here, but jax runs on the CPU: pip install "jax[tpu]"'
+            )
+    idle = jax.device_count() - jax.sharding.get_mesh().size
+    if idle and jax.default_backend() != "cpu":
+        found.append(
+            f"{idle} of {jax.device_count()} devices are idle: "
+            f"--config.mesh.data={jax.device_count()} uses all"
+        )
+    return found

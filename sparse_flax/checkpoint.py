@@ -1,0 +1,295 @@
+"""Checkpoints that are restored right or not at all. Orbax lives here, nowhere else.
+
+Orbax commits by an atomic rename, but it restores a flipped bit or a silent cast
+without a word. So each checkpoint carries a record of its leaves (dtype, shape and a
+checksum of the bits), and every restore is held against it.
+"""
+
+import contextlib
+import gc
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from sparse_flax import integrity
+from sparse_flax.errors import UserError
+
+
+class _DamagedError(Exception):
+    """A checkpoint was read, but it is not what was written."""
+
+
+def _worth_showing(record: logging.LogRecord) -> bool:
+    """Drop Orbax's chatter, and tracebacks of errors that are raised here anyway."""
+    chatter = record.levelno < logging.ERROR or record.exc_info
+    return not (chatter and f"{os.sep}orbax{os.sep}" in record.pathname)
+
+
+logging.getLogger("absl").addFilter(_worth_showing)
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """Hold back what the other reads print, a page a leaf, once one has failed.
+
+    They print from tensorstore's threads and when they are garbage collected.
+    """
+    log, hook = logging.getLogger("asyncio"), sys.unraisablehook
+    disabled = log.disabled
+    log.disabled, sys.unraisablehook = True, lambda unraisable: None
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        log.disabled, sys.unraisablehook = disabled, hook
+
+
+def _short(error: Exception) -> str:
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return str(error) if isinstance(error, _DamagedError) else text[:120]
+
+
+class Checkpointer:
+    """Saves and restores training states in one directory, a subdirectory a step.
+
+    Saving is asynchronous; only `poll` and `wait` say what is safely on disk. With
+    several processes all of them call every method, on one shared directory.
+    """
+
+    def __init__(
+        self, directory: Path, *, keep: int = 3, say: Callable[[str], None] = print
+    ):
+        """Open `directory`, which the first save makes.
+
+        Args:
+          directory: where the steps lie. Damaged ones are moved to `damaged` beside it.
+          keep: how many steps to keep; only older ones are ever deleted.
+          say: called with each line that the user should read.
+        """
+        self._directory = Path(directory).absolute()  # Orbax takes no other
+        self._keep = keep
+        self._say = say
+        self._manager: ocp.CheckpointManager | None = None
+        self._saving: int | None = None
+        self._committed: list[int] = []
+
+    def steps(self) -> list[int]:
+        """Return the steps on disk, oldest first; any of them may be damaged."""
+        if not self._directory.is_dir():
+            return []
+        names = [path.name for path in self._directory.iterdir() if path.is_dir()]
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def save(self, step: int, state: Any) -> None:
+        """Start to save `state`, a pytree of jax arrays; it may be donated on return.
+
+        Waits for the save before.
+
+        Raises:
+          UserError: a float leaf is not finite, `step` is not past all steps on disk,
+            or the disk refused this save or the one before.
+        """
+        self._settle()
+        leaves = integrity.named_leaves(state)
+        record, not_finite = integrity.record(leaves)
+        if not_finite:
+            raise UserError(
+                f"checkpoint {step} was not written because {not_finite[0]} holds NaN "
+                "or infinity; resume from the one before with a lower learning rate"
+            )
+        sealed = {"leaves": record, "step": step, "seal": integrity.seal(step, record)}
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(leaves),
+            integrity=ocp.args.JsonSave(sealed),
+        )
+        try:
+            accepted = self._writer().save(step, args=args)
+        except Exception as error:
+            raise self._failure(step, error) from error
+        if not accepted:
+            raise UserError(
+                f"checkpoint {step} was not written because {self._directory} already "
+                f"holds {self.steps()[-1]}; resume from that or use a new directory"
+            )
+        self._saving = step
+
+    def poll(self) -> list[int]:
+        """Return the steps committed since last asked; raises UserError as `save`."""
+        if self._manager and not self._manager.is_saving_in_progress():
+            self._settle()
+        committed, self._committed = self._committed, []
+        return committed
+
+    def wait(self) -> list[int]:
+        """Do as `poll` does, after the save under way."""
+        self._settle()
+        return self.poll()
+
+    def close(self) -> None:
+        """Wait, release all threads, and raise UserError where nobody has seen it."""
+        self._settle()
+        self._discard_writer()
+
+    def restore_latest(self, abstract_state: Any) -> tuple[int, Any] | None:
+        """Return (step, state) of the newest checkpoint that is provably right.
+
+        Damaged ones are passed over; once an older one is restored they are moved to
+        `damaged` beside the directory, so that their steps can be saved again.
+
+        Args:
+          abstract_state: the state's tree of `jax.ShapeDtypeStruct` (or arrays). The
+            sharding says where a leaf goes; one without goes to the first device.
+
+        Returns:
+          None where there is no checkpoint at all.
+
+        Raises:
+          UserError: all are damaged, or the newest readable one is another model's.
+            Nothing on disk has changed then.
+        """
+        self._settle()
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        wanted = {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or here)
+            for name, x in integrity.named_leaves(abstract_state).items()
+        }
+        damaged: dict[int, str] = {}
+        for step in reversed(self.steps()):
+            problem = ""
+            with _hushed():
+                try:
+                    leaves = self._read(step, wanted)
+                except UserError:
+                    raise
+                except Exception as error:  # whatever damaged files can make Orbax do
+                    problem = _short(error)
+                if problem:
+                    gc.collect()
+            if not _on_any_process(bool(problem)):
+                break
+            damaged[step] = problem or "unreadable on another host"
+        else:
+            if not damaged:
+                return None
+            listed = ", ".join(f"{bad} ({why})" for bad, why in damaged.items())
+            raise UserError(
+                f"no checkpoint in {self._directory} can be restored: {listed}; "
+                "nothing was moved or deleted, so bring a backup or use a new directory"
+            )
+        for bad, why in damaged.items():
+            self._say(
+                f"checkpoint {bad} is damaged ({why}); {self._set_aside(bad)}; "
+                f"going on from checkpoint {step}"
+            )
+        if damaged:
+            self._discard_writer()  # it would still count the steps that were moved
+        structure = jax.tree.structure(abstract_state)
+        return step, jax.tree.unflatten(structure, [leaves[name] for name in wanted])
+
+    def _read(self, step: int, wanted: dict[str, Any]) -> dict[str, jax.Array]:
+        """Return the checked leaves of one checkpoint, or raise whatever is wrong."""
+        options = ocp.CheckpointManagerOptions(
+            read_only=True, lightweight_initialize=True
+        )
+        with ocp.CheckpointManager(self._directory, options=options) as reader:
+            args = ocp.args.Composite(integrity=ocp.args.JsonRestore())
+            sealed = reader.restore(step, args=args).integrity
+            record = sealed["leaves"]
+            if sealed["seal"] != integrity.seal(step, record):
+                raise _DamagedError("the record of its leaves does not hold")
+            for name in wanted | record:
+                was = record[name][0] if name in record else "nothing"
+                now = integrity.describe(wanted[name]) if name in wanted else "nothing"
+                if was != now:
+                    raise UserError(
+                        f"checkpoint {step} holds {was} for {name} where this model "
+                        f"has {now}; use the config that it was trained with, or a "
+                        "new directory"
+                    )
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
+            leaves = reader.restore(step, args=args).state
+        found, _ = integrity.record(leaves)
+        for name in wanted:
+            if found[name] != record[name]:
+                raise _DamagedError(f"leaf {name}: checksum differs")
+        return leaves
+
+    def _set_aside(self, step: int) -> str:
+        """Move a damaged step out of the way and say what became of it."""
+        shelf = self._directory.parent / "damaged"
+        names = [str(step), *(f"{step}-{copy}" for copy in range(2, 1000))]
+        target = next(shelf / n for n in names if not (shelf / n).exists())
+        done = f"it was moved to {target}"
+        if jax.process_index() == 0:
+            try:
+                shelf.mkdir(exist_ok=True)
+                (self._directory / str(step)).rename(target)
+            except OSError as error:
+                done = f"it could not be moved to {target} ({error.strerror})"
+        _on_any_process(False)  # all wait for the first
+        return done
+
+    def _writer(self) -> ocp.CheckpointManager:
+        """Return the manager that writes, opened by the first save.
+
+        Opening it deletes what an interrupted save left: a process that only reads must
+        not do that to one that is training.
+        """
+        if self._manager is None:
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=self._keep,
+                cleanup_tmp_directories=True,
+                lightweight_initialize=True,  # no stop at some old damaged metadata
+            )
+            self._manager = ocp.CheckpointManager(self._directory, options=options)
+        return self._manager
+
+    def _discard_writer(self) -> None:
+        manager, self._manager = self._manager, None
+        if manager:
+            with contextlib.suppress(Exception):  # it repeats what has been raised
+                manager.close()
+
+    def _settle(self) -> None:
+        """Wait for the save under way and note it as committed, or raise its error."""
+        step, self._saving = self._saving, None
+        if step is None:
+            return
+        try:
+            self._writer().wait_until_finished()
+            if jax.process_index() == 0 and step not in self.steps():
+                raise RuntimeError(f"Orbax did not commit checkpoint {step}")
+        except Exception as error:
+            raise self._failure(step, error) from error
+        self._committed.append(step)
+
+    def _failure(self, step: int, error: Exception) -> Exception:
+        """Return the sentence for a write that the system refused, else `error`."""
+        self._discard_writer()
+        code = getattr(error, "errno", None)
+        if found := re.search(r"os_error_code='(\d+)'", str(error)):  # tensorstore's
+            code = int(found[1])
+        if code is None:
+            return error
+        return UserError(
+            f"checkpoint {step} could not be written: {os.strerror(code)}; the "
+            "checkpoints before it are untouched; put that right and run the same "
+            "command again"
+        )
+
+
+def _on_any_process(failed: bool) -> bool:
+    """Whether this failed on any process: all of them must fall back together."""
+    if jax.process_count() == 1:
+        return failed
+    return bool(multihost_utils.process_allgather(np.array(failed)).any())

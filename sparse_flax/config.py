@@ -1,0 +1,164 @@
+"""The configuration: its defaults, and what may change between runs.
+
+A file in configs/ calls `defaults()` and changes what differs; the command line changes
+it again (`--config.optim.learning_rate=1e-3`); `config_checks.finalize` then derives
+what was left open and checks everything, in sentences.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sparse_flax import attention
+from sparse_flax.errors import UserError
+from sparse_flax.model import ModelConfig
+
+# What may not change when a run goes on: parameter shapes, what they mean, data order.
+# The data themselves are compared by content, so that a moved file is still the same.
+FIXED = (
+    "seed",
+    "train.batch_size",
+    "model.context",
+    "model.layers",
+    "model.width",
+    "model.heads",
+    "model.qk_width",
+    "model.feed_forward",
+    "model.patterns",
+    "model.position_shape",
+    "model.init",
+)
+
+
+def defaults() -> ConfigDict:
+    """Return every option with its default; configs/ change what differs."""
+    return ConfigDict(
+        {
+            "seed": 0,  # of parameters, data order and dropout
+            "data": {
+                "name": "bytes",  # stdlib | enwik8 | text8 | bytes
+                "path": "",  # a file or folder; '' looks in data.folder
+                "folder": "data",  # where downloads go and are looked for
+            },
+            "model": {
+                "context": 2048,  # tokens
+                "layers": 4,
+                "width": 128,
+                "heads": 4,
+                "qk_width": 0,  # of all heads; 0: width ("half-size": width / 2)
+                "feed_forward": 0,  # 0: 4 * width ("half-size": 2 * width)
+                "patterns": "Fixed(128, 32, rotate=True)",  # one, or a cycle of layers
+                "position_shape": (),  # table sizes; (): rows and columns of a stride
+                "dropout": 0.0,  # at the end of each residual branch
+                "init": "code",  # code | paper: see model.py
+                "dtype": "bfloat16",  # bfloat16 | float32, of activations
+                "remat": "full",  # none | full | qkv | qkv+mlp: what is kept
+                "attention": "",  # an implementation by name; '' picks
+            },
+            "optim": {
+                "learning_rate": 5e-4,  # at the end of warm-up
+                "warmup_steps": 5000,  # linear; then cosine to 0 at train.steps
+                "beta1": 0.9,
+                "beta2": 0.999,
+                "epsilon": 1e-8,
+                "weight_decay": 0.01,  # decoupled, on matrices and tables
+                "clip_norm": 1.0,  # global norm of the gradient
+                "ema_decay": 0.999,  # of averaged weights, after a ramp
+            },
+            "train": {
+                "steps": 1000,
+                "batch_size": 8,  # sequences
+            },
+            "eval": {
+                "every_steps": 1000,  # 0: at the end alone
+                "batch_size": 0,  # 0: train.batch_size
+                "max_windows": 0,  # of the validation split; 0: all of it
+                "weights": "ema",  # ema | raw
+                "prompt_bytes": 256,  # of validation text, before the sample
+                "sample_bytes": 256,  # sampled at the end; 0: none
+            },
+            "checkpoint": {
+                "every_steps": 1000,  # 0: at the end and on a signal alone
+                "keep": 3,  # the newest ones
+            },
+            "log": {
+                "every_steps": 10,
+                "tensorboard": True,
+            },
+            "mesh": {  # devices along each axis: see sharding.py
+                "data": 1,
+                "fsdp": 1,
+                "tensor": 1,
+            },
+        }
+    )
+
+
+def check_preset(preset: str, *presets: str) -> str:
+    """Return the preset of `--config=FILE:PRESET` if the file has it.
+
+    Raises UserError, naming those that there are, if not.
+    """
+    if preset and preset not in presets:
+        there = ", ".join(repr(name) for name in presets) or "none"
+        raise UserError(f"preset {preset!r} does not exist; this config has: {there}")
+    return preset
+
+
+def model_config(config: ConfigDict) -> ModelConfig:
+    """Return the architecture that a finalized configuration describes."""
+    m = config.model
+    return ModelConfig(
+        context=m.context,
+        layers=m.layers,
+        width=m.width,
+        heads=m.heads,
+        qk_width=m.qk_width,
+        feed_forward=m.feed_forward,
+        patterns=attention.parse(m.patterns),
+        position_shape=tuple(m.position_shape),
+        dropout=m.dropout,
+        init=m.init,
+        dtype=m.dtype,
+        remat=m.remat,
+        implementation=m.attention or None,
+    )
+
+
+def changes(old: dict[str, Any], new: ConfigDict) -> list[str]:
+    """Compare a run's saved configuration with the one it is to go on with.
+
+    Returns:
+      A line for each option that differs, as 'train.steps: 100 -> 200'.
+
+    Raises:
+      UserError: an option in `FIXED` differs; names it and both values.
+    """
+    before, after = flatten(old), flatten(new.to_dict())
+    lines = []
+    for name in sorted(before.keys() | after.keys()):
+        a, b = before.get(name, "unset"), after.get(name, "unset")
+        if a == b:
+            continue
+        if name in FIXED:
+            raise UserError(
+                f"{name}={b!r}, but the run in this working directory has {name}="
+                f"{a!r}, which cannot change once parameters exist; use {a!r}, or "
+                "another --workdir"
+            )
+        if not name.startswith("data."):  # those are compared by content
+            lines.append(f"{name}: {a} -> {b}")
+    return lines
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turn nested groups into dotted names; tuples become lists, as in JSON."""
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return flat

@@ -1,0 +1,181 @@
+"""Every check of a configuration, each with its sentence."""
+
+from __future__ import annotations
+
+import math
+
+from ml_collections import ConfigDict
+
+from sparse_flax import attention
+from sparse_flax.config import defaults, flatten
+from sparse_flax.errors import UserError
+from sparse_flax.model import INITS, REMAT
+
+DTYPES = ("bfloat16", "float32")
+WEIGHTS = ("ema", "raw")
+
+
+def finalize(config: ConfigDict) -> tuple[ConfigDict, list[str]]:
+    """Derive what was left open and check everything.
+
+    Returns:
+      The complete configuration, and sentences about what was changed in it.
+
+    Raises:
+      UserError: the first value that breaks a rule, the rule, the nearest valid value.
+    """
+    config, notices = ConfigDict(config.to_dict()), []
+    _check_numbers(config)
+    _check_choices(config)
+    _check_model(config.model)
+    _check_mesh(config)
+    config.eval.batch_size = config.eval.batch_size or config.train.batch_size
+    sampled = config.eval.prompt_bytes + config.eval.sample_bytes
+    if config.eval.sample_bytes and sampled > config.model.context:
+        room = config.model.context // 2
+        notices.append(
+            f"eval.prompt_bytes={config.eval.prompt_bytes} and eval.sample_bytes="
+            f"{config.eval.sample_bytes} do not fit model.context="
+            f"{config.model.context}: using at most {room} each"
+        )
+        config.eval.prompt_bytes = min(config.eval.prompt_bytes, room)
+        config.eval.sample_bytes = min(config.eval.sample_bytes, room)
+    if config.optim.warmup_steps > config.train.steps:
+        shorter = max(config.train.steps // 10, 1)
+        notices.append(
+            f"optim.warmup_steps={config.optim.warmup_steps:,} is longer than "
+            f"train.steps={config.train.steps:,}: warming up for {shorter:,} instead"
+        )
+        config.optim.warmup_steps = shorter
+    return config.lock(), notices
+
+
+AT_LEAST_1 = [
+    "model.context",
+    "model.layers",
+    "model.width",
+    "model.heads",
+    "train.steps",
+    "train.batch_size",
+    "checkpoint.keep",
+    "log.every_steps",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
+]
+AT_LEAST_0 = [
+    "seed",
+    "model.qk_width",
+    "model.feed_forward",
+    "optim.warmup_steps",
+    "optim.weight_decay",
+    "eval.every_steps",
+    "eval.batch_size",
+    "eval.max_windows",
+    "eval.prompt_bytes",
+    "eval.sample_bytes",
+    "checkpoint.every_steps",
+]
+ABOVE_0 = ["optim.learning_rate", "optim.epsilon", "optim.clip_norm"]
+FRACTIONS = ["model.dropout", "optim.beta1", "optim.beta2", "optim.ema_decay"]
+
+
+def _check_numbers(config: ConfigDict) -> None:
+    values = flatten(config.to_dict())
+    for names, low in ((AT_LEAST_1, 1), (AT_LEAST_0, 0)):
+        for name in names:
+            if values[name] < low:
+                raise UserError(
+                    f"{name}={values[name]} must be at least {low}; try {low}"
+                )
+    for name in ABOVE_0:
+        if not 0 < values[name] < math.inf:
+            default = flatten(defaults().to_dict())[name]
+            raise UserError(f"{name}={values[name]} must be above 0; try {default}")
+    for name in FRACTIONS:
+        if not 0 <= values[name] < 1:
+            nearest = 0.0 if values[name] < 0 else 0.999
+            raise UserError(
+                f"{name}={values[name]} must be from 0 to less than 1; try {nearest}"
+            )
+
+
+def _check_choices(config: ConfigDict) -> None:
+    for name, value, choices in (
+        ("model.init", config.model.init, INITS),
+        ("model.dtype", config.model.dtype, DTYPES),
+        ("model.remat", config.model.remat, tuple(REMAT)),
+        ("model.attention", config.model.attention, ("", *attention.IMPLEMENTATIONS)),
+        ("eval.weights", config.eval.weights, WEIGHTS),
+    ):
+        if value not in choices:
+            listed = ", ".join(repr(choice) for choice in choices)
+            raise UserError(f"{name}={value!r} must be one of {listed}")
+
+
+def _check_model(m: ConfigDict) -> None:
+    """Check the architecture and fill in its derived widths and tables."""
+    m.qk_width = m.qk_width or m.width
+    m.feed_forward = m.feed_forward or 4 * m.width
+    for name in ("width", "qk_width"):
+        if m[name] % m.heads:
+            low, high = m[name] // m.heads * m.heads, -(-m[name] // m.heads) * m.heads
+            raise UserError(
+                f"model.{name}={m[name]} does not divide into model.heads={m.heads}; "
+                f"try {f'{low} or ' if low else ''}{high}"
+            )
+    try:
+        patterns = attention.parse(m.patterns)
+    except ValueError as error:
+        raise UserError(f"model.patterns: {error}") from None
+    if m.layers % len(patterns):
+        n = len(patterns)
+        low, high = m.layers // n * n, -(-m.layers // n) * n
+        raise UserError(
+            f"model.layers={m.layers} is no multiple of the {n} patterns in "
+            f"model.patterns; try {f'{low} or ' if low else ''}{high}"
+        )
+    m.patterns = ", ".join(map(repr, patterns))
+    if not m.position_shape:
+        stride = min(_stride(patterns[0], m.context), m.context)
+        m.position_shape = (-(-m.context // stride), stride)
+    places = math.prod(m.position_shape)
+    if min(m.position_shape) < 1 or places < m.context:
+        raise UserError(
+            f"model.position_shape={tuple(m.position_shape)} has {places} places for "
+            f"model.context={m.context} tokens; try () to derive it"
+        )
+
+
+def _stride(pattern: attention.Pattern, context: int) -> int:
+    """Return the width of the matrix that a text is laid out in (section 5.3)."""
+    for name in ("block", "stride", "window"):
+        if hasattr(pattern, name):
+            return getattr(pattern, name)
+    if isinstance(pattern, attention.PerHead):
+        return _stride(pattern.patterns[0], context)
+    return math.isqrt(context - 1) + 1
+
+
+def _check_mesh(config: ConfigDict) -> None:
+    copies = config.mesh.data * config.mesh.fsdp
+    for name, value, by, devices in (
+        ("train.batch_size", config.train.batch_size, "data * mesh.fsdp", copies),
+        ("eval.batch_size", config.eval.batch_size, "data * mesh.fsdp", copies),
+        ("model.width", config.model.width, "fsdp", config.mesh.fsdp),
+        ("model.heads", config.model.heads, "tensor", config.mesh.tensor),
+        ("model.feed_forward", config.model.feed_forward, "tensor", config.mesh.tensor),
+    ):
+        if value % devices:
+            raise UserError(
+                f"{name}={value} does not divide over mesh.{by}={devices}; try "
+                f"{-(-value // devices) * devices}"
+            )
+    period = math.lcm(*(p.head_period for p in attention.parse(config.model.patterns)))
+    each = config.model.heads // config.mesh.tensor
+    if config.mesh.tensor > 1 and each % period:
+        raise UserError(
+            f"mesh.tensor={config.mesh.tensor} gives each device {each} heads, but "
+            f"model.patterns repeats after {period}; try "
+            f"mesh.tensor={max(config.model.heads // period, 1)}"
+        )

@@ -1,0 +1,71 @@
+"""Bits per byte of held-out data, every byte scored once."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from sparse_flax.model import SparseTransformer
+from sparse_flax.progress import duration
+
+Batch = dict[str, np.ndarray]
+
+
+def cross_entropy(logits_BTN: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """Return the cost of each byte in nats, [B, T] float32."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits_BTN, targets_BT)
+
+
+@jax.jit
+def _summed(model: SparseTransformer, batch: Batch) -> jax.Array:
+    nats_BT = cross_entropy(model(batch["inputs_BT"]), batch["targets_BT"])
+    return jnp.sum(nats_BT * batch["weights_BT"], dtype=jnp.float32)
+
+
+def bits_per_byte(
+    model: SparseTransformer,
+    batches: Iterable[Batch],
+    *,
+    count: int,
+    put: Callable[[Batch], Batch],
+    stop: object,
+    say: Callable[[str], None],
+) -> float | None:
+    """Average the cost of all bytes in `batches`, windows without overlap.
+
+    A byte sees what comes before it in its own window only, so the first bytes of a
+    window cost more than they would in the middle of a longer one.
+
+    Args:
+      model: the weights to evaluate.
+      batches: as from `data.batches.evaluation_batches`.
+      count: how many batches there are, for the progress line.
+      put: places a batch on the mesh.
+      stop: where it becomes true, the evaluation is given up.
+      say: takes a progress line, every ten seconds.
+
+    Returns:
+      Bits per byte, or None if it was given up.
+    """
+    nats, scored = 0.0, 0.0
+    started = said = time.monotonic()
+    waiting: list[jax.Array] = []
+    for done, batch in enumerate(batches):
+        if stop:
+            return None
+        waiting.append(_summed(model, put(batch)))
+        scored += float(batch["weights_BT"].sum())
+        if len(waiting) > 1:  # one batch runs while the one before it is fetched
+            nats += float(waiting.pop(0))
+        now = time.monotonic()
+        if now - said > 10 and done:
+            said, left = now, (now - started) / done * (count - done)
+            say(f"evaluating: batch {done:,} of {count:,} | eta {duration(left)}")
+    nats += sum(map(float, waiting))
+    return nats / scored / math.log(2)

@@ -1,0 +1,81 @@
+"""The command line: python -m sparse_flax.main --config=configs/quickstart.py."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from sparse_flax.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A file in configs/, with a preset after a colon where it has some."
+)
+_MODE = flags.DEFINE_enum(
+    "mode",
+    "train",
+    ["train", "dry_run"],
+    "train: train, or go on training. dry_run: print sizes and costs, run nothing.",
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where everything is written; runs/<config name> by default."
+)
+
+
+def main(argv: list[str]) -> None:
+    """Run the chosen mode."""
+    if len(argv) > 1:
+        raise UserError(f"argument {argv[1]!r} is not a flag; write --name=value")
+    if _CONFIG.value is None:
+        raise UserError("--config is missing; try --config=configs/quickstart.py")
+    # Late, so that a mistake in the flags is answered before jax is loaded.
+    if _MODE.value == "dry_run":
+        from sparse_flax import dry_run
+
+        dry_run.run(_CONFIG.value, say=_say)
+    else:
+        from sparse_flax.train import Trainer
+
+        Trainer(_CONFIG.value, _WORKDIR.value or default_workdir(), say=_say).run()
+
+
+def default_workdir() -> str:
+    """Return runs/<config name>, with the preset where there is one."""
+    path, _, preset = flags.FLAGS["config"].config_filename.partition(":")
+    name = Path(path).stem + (f"-{preset}" if preset else "")
+    return str(Path("runs") / name)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parse as absl does, but answer a mistake in a sentence."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        raise UserError(str(error)) from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        # What ml_collections raises for an unknown option or a value of another type.
+        text = error.args[0] if error.args else error
+        raise UserError(" ".join(str(text).split())) from None
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise UserError(f"--config={error.filename}: there is no such file") from None
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def entry_point() -> None:
+    """Run, and answer what the user can put right without a traceback."""
+    # absl shows INFO by default: at start-up, every accelerator that is not there.
+    flags.FLAGS.set_default("verbosity", logging.WARNING)
+    try:
+        app.run(main, flags_parser=parse_flags)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    entry_point()

@@ -1,0 +1,68 @@
+"""Time, for people: durations, rates and when it will be done."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+
+class Clock:
+    """Steps per second without pauses, and the time left with them."""
+
+    def __init__(self) -> None:
+        self._paused = 0.0
+
+    def start(self, step: int) -> None:
+        """Begin to count at `step`, after compiling."""
+        self._first = self._last = step
+        self._began = self._lapped = time.monotonic()
+        self._paused = 0.0
+
+    def lap(self, step: int) -> float:
+        """Return steps per second since the lap before, pauses left out."""
+        now = time.monotonic()
+        seconds = now - self._lapped - self._paused
+        rate = (step - self._last) / max(seconds, 1e-9)
+        self._last, self._lapped, self._paused = step, now, 0.0
+        return rate
+
+    def left(self, step: int, steps: int) -> float:
+        """Return the seconds until `steps`, evaluations and saving included."""
+        each = (time.monotonic() - self._began) / max(step - self._first, 1)
+        return each * (steps - step)
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Keep what happens inside out of the rate."""
+        began = time.monotonic()
+        yield
+        self._paused += time.monotonic() - began
+
+
+def duration(seconds: float) -> str:
+    """Write a time span for a person: 48s, 3m20s, 5h12m, 2d03h."""
+    s = round(max(seconds, 0))
+    if s < 60:
+        return f"{s}s"
+    if s < 3600:
+        return f"{s // 60}m{s % 60:02d}s"
+    if s < 86400:
+        return f"{s // 3600}h{s % 3600 // 60:02d}m"
+    return f"{s // 86400}d{s % 86400 // 3600:02d}h"
+
+
+def line(step: int, steps: int, row: dict[str, Any], seconds_left: float) -> str:
+    """Write the progress line of a training row."""
+    speed = row["tokens_per_s"]
+    parts = [
+        f"step {step:,}/{steps:,} ({step / steps:.1%})",
+        f"{row['bits_per_byte']:.3f} bits/byte",
+        f"lr {row['learning_rate']:.2e}",
+        f"grad {row['grad_norm']:.2f}",
+        f"{speed / 1e3:,.1f}k tok/s" if speed >= 1e3 else f"{speed:,.0f} tok/s",
+    ]
+    if row["mfu"] is not None:
+        parts.append(f"MFU {row['mfu']:.1%}")
+    return " | ".join([*parts, f"eta {duration(seconds_left)}"])

@@ -1,0 +1,60 @@
+"""TrainState: what a checkpoint holds, and how it lies on the mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sparse_flax.model import ModelConfig, SparseTransformer
+from sparse_flax.sharding import parameter_shardings
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TrainState:
+    """Everything that a run needs to go on; keys and data follow from the step."""
+
+    step: jax.Array  # int32 scalar: steps done
+    model: SparseTransformer  # float32 parameters
+    opt_state: Any  # of optax
+    ema: SparseTransformer  # averaged parameters
+
+
+def create(
+    config: ModelConfig, optimizer: optax.GradientTransformation, key: jax.Array
+) -> TrainState:
+    """Make the state before the first step; on a mesh, each piece where it belongs."""
+    init = functools.partial(_init, config, optimizer)
+    return jax.jit(init, out_shardings=_shardings(jax.eval_shape(init, key)))(key)
+
+
+def abstract(
+    config: ModelConfig, optimizer: optax.GradientTransformation, key: jax.Array
+) -> TrainState:
+    """Return shapes, dtypes and shardings of the state, without making it."""
+    shapes = jax.eval_shape(functools.partial(_init, config, optimizer), key)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes,
+        _shardings(shapes),
+    )
+
+
+def _init(config, optimizer, key) -> TrainState:
+    model = SparseTransformer(config, key)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        model=model,
+        opt_state=optimizer.init(model),
+        # A copy: a buffer that is donated must not be there twice.
+        ema=jax.tree.map(jnp.copy, model),
+    )
+
+
+def _shardings(tree: Any) -> Any:
+    return parameter_shardings(tree, jax.sharding.get_mesh())

@@ -1,0 +1,37 @@
+"""SIGTERM and Ctrl-C as a request that the loop answers between two steps."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+
+class StopRequest:
+    """Remembers the first SIGTERM or Ctrl-C; a second one acts at once, as ever.
+
+    Polled between training steps, evaluation batches and sampled bytes. It is a bonus:
+    what was saved by `checkpoint.every_steps` is safe in any case.
+    """
+
+    def __init__(self) -> None:
+        self.signal: str = ""  # the name of the signal that came
+
+    def __bool__(self) -> bool:
+        return bool(self.signal)
+
+    def listen(self) -> None:
+        """Install the handlers; only the main thread may."""
+        self._former = {
+            number: signal.signal(number, self._request)
+            for number in (signal.SIGTERM, signal.SIGINT)
+        }
+
+    def ignore(self) -> None:
+        """Put back the handlers that were there before."""
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        self.signal = signal.Signals(number).name
+        self.ignore()

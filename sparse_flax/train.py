@@ -1,0 +1,288 @@
+"""A run, and its loop: read top to bottom once."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from sparse_flax import banner, evaluate, flops, optim, progress, sample, state
+from sparse_flax import config as config_lib
+from sparse_flax.checkpoint import Checkpointer
+from sparse_flax.config_checks import finalize
+from sparse_flax.data import batches, bigram
+from sparse_flax.data import bytes as byte_data
+from sparse_flax.errors import UserError
+from sparse_flax.integrity import fingerprint
+from sparse_flax.metrics import MetricsLog, first_not_finite
+from sparse_flax.sharding import make_mesh, put_batch
+from sparse_flax.stopping import StopRequest
+from sparse_flax.train_step import make_train_step
+from sparse_flax.workdir import WorkDir, write_atomically
+
+Metrics = dict[str, Any]
+
+
+class Trainer:
+    """A run: its state and everything that it reads and writes."""
+
+    def __init__(
+        self, config: ConfigDict, workdir: str, say: Callable[[str], None] = print
+    ):
+        """Find out where the run stands, and say so.
+
+        Raises:
+          UserError: whatever the user can put right, in a sentence.
+        """
+        self.say = say
+        say(f"working directory  {workdir}")
+        self.config, notices = finalize(config)
+        self.model_config = config_lib.model_config(self.config)
+        self.workdir = WorkDir(workdir)
+        data = self.config.data
+        self.splits = byte_data.load(data.name, data.path, data.folder)
+        changed = self.workdir.agree(self.config, self.splits)
+        self.stop = StopRequest()
+        mesh = self.config.mesh
+        self.mesh = make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
+        with jax.set_mesh(self.mesh):
+            init_key, self.dropout_key = jax.random.split(
+                jax.random.key(self.config.seed)
+            )
+            args = self.model_config, optim.make_optimizer(self.config.optim), init_key
+            self.checkpoints = Checkpointer(
+                self.workdir.checkpoints, keep=self.config.checkpoint.keep, say=say
+            )
+            restored = self.checkpoints.restore_latest(state.abstract(*args))
+            self.step, self.state = restored or (0, state.create(*args))
+            self.saved = self.step if restored else None
+            self.first = self.step
+            banner.show(say, self.config, self.model_config, self.splits, self.saved)
+        for notice in [*notices, *filter(None, [self.splits.notice])]:
+            say(f"NOTE: {notice}")
+        for change in changed:
+            say(f"changed since the last run: {change}")
+        self.metrics = MetricsLog(
+            self.workdir, step=self.step, tensorboard=self.config.log.tensorboard
+        )
+        self.bigram = bigram.bigram_bits_per_byte(
+            self.splits.train, self.splits.validation
+        )
+        self.clock = progress.Clock()
+        self.window: list[Metrics] = []  # of the steps since the last row
+
+    # ---- The loop ------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Train to the end, or until told to stop.
+
+        The order matters. A state is saved only when its last step was found finite;
+        before the evaluation, which may be interrupted; and an evaluation that was
+        interrupted is made up for after the restart.
+        """
+        config, steps = self.config, self.config.train.steps
+        running: Metrics | None = None  # of the step that the device is at
+        with jax.set_mesh(self.mesh), contextlib.closing(self):
+            self.stop.listen()
+            stream = train_step = None
+            while not self.stop:
+                last = self.step >= steps
+                save = last or is_due(self.step, config.checkpoint.every_steps)
+                check = last or self.step == 0
+                check |= is_due(self.step, config.eval.every_steps)
+                if running and (save or check):
+                    self.account_for(running)
+                    running = None
+                with self.clock.pause():
+                    if save and self.step:
+                        self.save()
+                    if check and not self.metrics.find("validation", self.step):
+                        self.evaluate()
+                    self.announce(self.checkpoints.poll())
+                if last or self.stop:
+                    break
+                if stream is None:
+                    stream = self.batches()
+                    batch = put_batch(next(stream))
+                    train_step = self.compile(batch)
+                    self.clock.start(self.step)
+                else:
+                    batch = put_batch(next(stream))
+                self.state, values = train_step(self.state, batch)
+                # The step before is looked at while this one runs.
+                if running:
+                    self.account_for(running)
+                self.step += 1
+                running = {"step": self.step, **values}
+            if running:
+                self.account_for(running)
+            if self.stop:
+                self.save()
+            self.announce(self.checkpoints.wait())
+            if not self.stop:
+                self.finish()
+            if self.stop:
+                self.say(
+                    f"stopped by {self.stop.signal} at step {self.step:,}; the same "
+                    "command goes on from there"
+                )
+
+    def batches(self):
+        """Return the training batches from the present step on."""
+        return batches.train_batches(
+            self.splits.train,
+            batch_size=self.config.train.batch_size,
+            context=self.model_config.context,
+            seed=self.config.seed,
+            start=self.step,
+            steps=self.config.train.steps,
+        )
+
+    def compile(self, batch: Any) -> Callable:
+        """Compile the train step, ahead of its first use, and say how long it took."""
+        began = time.monotonic()
+        step = make_train_step(self.config, self.dropout_key)
+        compiled = step.lower(self.state, batch).compile()
+        self.say(f"compiled the train step in {time.monotonic() - began:.1f} s")
+        return compiled
+
+    def account_for(self, values: Metrics) -> None:
+        """Wait for a step and take in its metrics.
+
+        Raises:
+          UserError: its loss or gradient was not finite; nothing is saved after it.
+        """
+        config, step = self.config, values["step"]
+        values = jax.device_get(values)
+        if not values["finite"]:
+            steps = self.checkpoints.steps()
+            raise UserError(
+                f"step {step:,}: the loss is {values['bits_per_byte']:.3g} bits per "
+                f"byte and the gradient norm {values['grad_norm']:.3g}; "
+                f"{first_not_finite(self.state.model, values['good_gradients'])}; "
+                f"nothing was saved after step {max(steps, default=0):,}; try half of "
+                f"optim.learning_rate={config.optim.learning_rate}"
+            )
+        self.window.append(values)
+        ends = self.first + 1, config.train.steps
+        if step not in ends and not is_due(step, config.log.every_steps):
+            return
+        speed = self.clock.lap(step) * config.train.batch_size
+        peak = flops.peak(self.mesh.devices.flat[0].device_kind)
+        used = speed * flops.train_flops(self.model_config)
+        row = {
+            "bits_per_byte": float(np.mean([w["bits_per_byte"] for w in self.window])),
+            "weights": "raw",
+            "learning_rate": float(values["learning_rate"]),
+            "grad_norm": float(values["grad_norm"]),
+            "tokens_per_s": speed * self.model_config.context,
+            "mfu": used / (peak * self.mesh.size) if peak else None,
+        }
+        self.window = []
+        self.metrics.write(step=step, split="train", **row)
+        left = self.clock.left(step, config.train.steps)
+        self.say(progress.line(step, config.train.steps, row, left))
+
+    # ---- Now and then --------------------------------------------------------------
+
+    def save(self) -> None:
+        """Start to save the state, unless this step is saved already."""
+        if self.saved != self.step:
+            self.checkpoints.save(self.step, self.state)
+            self.saved = self.step
+
+    def announce(self, steps: list[int]) -> None:
+        """Say of each checkpoint that it is saved, once that is true."""
+        for step in steps:
+            self.say(f"saved {self.workdir.checkpoints / str(step)}")
+
+    def evaluate(self) -> None:
+        """Write a validation row for the present step, unless told to stop."""
+        config, context = self.config.eval, self.model_config.context
+        windows = batches.evaluation_window_count(
+            self.splits.validation.size, context, config.max_windows
+        )
+        score = evaluate.bits_per_byte(
+            self.state.ema if config.weights == "ema" else self.state.model,
+            batches.evaluation_batches(
+                self.splits.validation,
+                batch_size=config.batch_size,
+                context=context,
+                max_windows=config.max_windows,
+            ),
+            count=-(-windows // config.batch_size),
+            put=put_batch,
+            stop=self.stop,
+            say=self.say,
+        )
+        if score is None:
+            return
+        self.metrics.write(
+            step=self.step,
+            split="validation",
+            bits_per_byte=score,
+            weights=config.weights,
+        )
+        self.metrics.plot(self.workdir.curve, self.bigram)
+        self.say(
+            f"step {self.step:,}: validation {score:.3f} bits/byte "
+            f"({config.weights} weights, {windows:,} windows; "
+            f"a bigram table: {self.bigram:.3f})"
+        )
+
+    def finish(self) -> None:
+        """Sample, and show what came out."""
+        text = self.sample()
+        if self.stop:
+            return
+        scores = [r for r in self.metrics.rows if r["split"] == "validation"]
+        steps = self.config.train.steps
+        past = f", past train.steps={steps:,}" if self.step > steps else ""
+        self.say(f"finished at step {self.step:,}{past}")
+        self.say(
+            f"validation         {scores[0]['bits_per_byte']:.3f} bits/byte at step "
+            f"{scores[0]['step']:,}, {scores[-1]['bits_per_byte']:.3f} at step "
+            f"{scores[-1]['step']:,} ({scores[-1]['weights']} weights)"
+        )
+        self.say(f"bigram table       {self.bigram:.3f} bits/byte on the same split")
+        if text:
+            self.say(f"sample             {self.workdir.sample}\n{text}")
+        self.say(f"checkpoint         {self.workdir.checkpoints / str(self.step)}")
+        self.say(f"metrics            {self.workdir.metrics}")
+        self.say(f"curve              {self.workdir.curve}")
+        self.say(f"parameters fingerprint: {fingerprint(self.state.model)}")
+
+    def sample(self) -> str:
+        """Continue the beginning of the validation text; the same for the same run."""
+        config = self.config.eval
+        if not config.sample_bytes:
+            return ""
+        prompt = self.splits.validation[: config.prompt_bytes].tobytes()
+        sampled = sample.continue_text(
+            self.state.ema if config.weights == "ema" else self.state.model,
+            prompt,
+            config.sample_bytes,
+            seed=self.config.seed,
+            stop=self.stop,
+            say=self.say,
+        )
+        write_atomically(self.workdir.sample, prompt + sampled)
+        shown = [x.decode("utf-8", "backslashreplace") for x in (prompt, sampled)]
+        return f"--- prompt ---\n{shown[0]}\n--- continued ---\n{shown[1]}\n---"
+
+    def close(self) -> None:
+        """Close every file and put the signal handlers back."""
+        self.stop.ignore()
+        self.metrics.close()
+        self.checkpoints.close()
+        self.workdir.close()
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps (0: never) happens now."""
+    return every > 0 and step > 0 and step % every == 0

@@ -1,0 +1,142 @@
+"""The working directory of a run: what lies where, and that it is ours.
+
+config.json        the configuration and the identity of the data
+metrics.jsonl      one row a line
+loss.png           the curve
+checkpoints/       one folder a step
+damaged/           checkpoints that were set aside, never deleted
+sample.txt         the last sample, behind its prompt
+tensorboard/       event files
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sparse_flax import __version__
+from sparse_flax import config as config_lib
+from sparse_flax.data.bytes import Splits
+from sparse_flax.errors import UserError
+
+FORMAT = "sparse_flax run"
+
+
+class WorkDir:
+    """A folder that belongs to one run, and to one process at a time."""
+
+    def __init__(self, path: Path | str):
+        """Make or enter the folder.
+
+        Raises:
+          UserError: it cannot be written to, holds something else, or is in use.
+        """
+        self.path = Path(path).expanduser().absolute()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            entries = {entry.name for entry in self.path.iterdir()} - {"lock"}
+            if entries and "config.json" not in entries:
+                raise UserError(
+                    f"--workdir={path} holds {len(entries)} entries, such as "
+                    f"{min(entries)!r}, and no config.json of a run; name an empty or "
+                    "a new folder"
+                )
+            self.saved = self._read_config() if entries else None
+            self._lock = open(self.path / "lock", "a")  # noqa: SIM115 (held for life)
+        except OSError as error:
+            raise UserError(
+                f"--workdir={path} cannot be written to ({error.strerror}); name a "
+                "folder that you may write to"
+            ) from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"--workdir={path} is in use by another process; wait for it to end, "
+                "or name another folder"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+
+    checkpoints = property(lambda self: self.path / "checkpoints")
+    metrics = property(lambda self: self.path / "metrics.jsonl")
+    curve = property(lambda self: self.path / "loss.png")
+    sample = property(lambda self: self.path / "sample.txt")
+    tensorboard = property(lambda self: self.path / "tensorboard")
+
+    def close(self) -> None:
+        """Let another process in."""
+        self._lock.close()
+
+    def agree(self, config: ConfigDict, splits: Splits) -> list[str]:
+        """Check that this configuration may go on with the run, and save it.
+
+        Returns a line for each option that changed.
+
+        Raises:
+          UserError: it changes parameter shapes or the order of the data.
+        """
+        lines = []
+        if self.saved:
+            before = self.saved["data"]
+            lines = config_lib.changes(self.saved["config"], config)
+            if before["fingerprint"] != splits.fingerprint:
+                raise UserError(
+                    f"the data are {splits.source} ({_describe(identity(splits))}), "
+                    "but the run in this working directory has read "
+                    f"{before['source']} ({_describe(before)}); give it the same bytes"
+                    ", or another --workdir"
+                )
+            if before["source"] != splits.source:
+                lines.append(f"data: {before['source']} -> {splits.source}, same bytes")
+        record = {
+            "format": FORMAT,
+            "version": __version__,
+            "data": identity(splits),
+            "config": config.to_dict(),
+        }
+        write_atomically(
+            self.path / "config.json", json.dumps(record, indent=2).encode() + b"\n"
+        )
+        return lines
+
+    def _read_config(self) -> dict[str, Any]:
+        path = self.path / "config.json"
+        try:
+            record = json.loads(path.read_text())
+            if record["format"] == FORMAT and {"data", "config"} <= record.keys():
+                return record
+        except (ValueError, KeyError, TypeError):
+            pass
+        raise UserError(
+            f"{path} is not the configuration of a sparse_flax run; name an empty or a "
+            "new folder with --workdir"
+        )
+
+
+def identity(splits: Splits) -> dict[str, Any]:
+    """Return what is kept of the data, to recognise them by."""
+    return {
+        "source": splits.source,
+        "fingerprint": splits.fingerprint,
+        "bytes": splits.train.size + splits.validation.size + splits.test.size,
+    }
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file such that a kill at any moment leaves the old or the new one."""
+    beside = path.with_name(path.name + ".new")
+    with open(beside, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def _describe(data: dict[str, Any]) -> str:
+    return f"{data['bytes']:,} bytes, fingerprint {data['fingerprint'][:12]}"
