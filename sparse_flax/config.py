@@ -29,6 +29,7 @@ FIXED = (
     "model.patterns",
     "model.position_shape",
     "model.init",
+    "model.embedding_std",
 )
 
 
@@ -53,6 +54,7 @@ def defaults() -> ConfigDict:
                 "position_shape": (),  # table sizes; (): rows and columns of a stride
                 "dropout": 0.0,  # at the end of each residual branch
                 "init": "code",  # code | paper: see model.py
+                "embedding_std": 0.0,  # of embeddings at the start; 0: as init says
                 "dtype": "bfloat16",  # bfloat16 | float32, of activations
                 "remat": "full",  # none | full | qkv | qkv+mlp: what is kept
                 "attention": "",  # an implementation by name; '' picks
@@ -121,6 +123,7 @@ def model_config(config: ConfigDict) -> ModelConfig:
         position_shape=tuple(m.position_shape),
         dropout=m.dropout,
         init=m.init,
+        embedding_std=m.embedding_std,
         dtype=m.dtype,
         remat=m.remat,
         implementation=m.attention or None,

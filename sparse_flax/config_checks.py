@@ -69,6 +69,7 @@ AT_LEAST_0 = [
     "model.feed_forward",
     "optim.warmup_steps",
     "optim.weight_decay",
+    "model.embedding_std",
     "eval.every_steps",
     "eval.batch_size",
     "eval.max_windows",
@@ -84,7 +85,7 @@ def _check_numbers(config: ConfigDict) -> None:
     values = flatten(config.to_dict())
     for names, low in ((AT_LEAST_1, 1), (AT_LEAST_0, 0)):
         for name in names:
-            if values[name] < low:
+            if not low <= values[name] < math.inf:
                 raise UserError(
                     f"{name}={values[name]} must be at least {low}; try {low}"
                 )
@@ -158,24 +159,33 @@ def _stride(pattern: attention.Pattern, context: int) -> int:
 
 
 def _check_mesh(config: ConfigDict) -> None:
-    copies = config.mesh.data * config.mesh.fsdp
-    for name, value, by, devices in (
-        ("train.batch_size", config.train.batch_size, "data * mesh.fsdp", copies),
-        ("eval.batch_size", config.eval.batch_size, "data * mesh.fsdp", copies),
-        ("model.width", config.model.width, "fsdp", config.mesh.fsdp),
-        ("model.heads", config.model.heads, "tensor", config.mesh.tensor),
-        ("model.feed_forward", config.model.feed_forward, "tensor", config.mesh.tensor),
+    # Last in each row: whose next multiple to try. Heads divide the width, too.
+    data, fsdp, tensor = config.mesh.data, config.mesh.fsdp, config.mesh.tensor
+    copies, width_unit = data * fsdp, math.lcm(fsdp, config.model.heads)
+    for name, value, by, devices, unit in (
+        (
+            "train.batch_size",
+            config.train.batch_size,
+            "data * mesh.fsdp",
+            copies,
+            copies,
+        ),
+        ("eval.batch_size", config.eval.batch_size, "data * mesh.fsdp", copies, copies),
+        ("model.width", config.model.width, "fsdp", fsdp, width_unit),
+        ("model.heads", config.model.heads, "tensor", tensor, tensor),
+        ("model.feed_forward", config.model.feed_forward, "tensor", tensor, tensor),
     ):
         if value % devices:
             raise UserError(
                 f"{name}={value} does not divide over mesh.{by}={devices}; try "
-                f"{-(-value // devices) * devices}"
+                f"{-(-value // unit) * unit}"
             )
     period = math.lcm(*(p.head_period for p in attention.parse(config.model.patterns)))
-    each = config.model.heads // config.mesh.tensor
-    if config.mesh.tensor > 1 and each % period:
+    heads, each = config.model.heads, config.model.heads // tensor
+    if tensor > 1 and each % period:
+        fewer = [n for n in range(1, tensor) if heads % (n * period) == 0]
         raise UserError(
-            f"mesh.tensor={config.mesh.tensor} gives each device {each} heads, but "
+            f"mesh.tensor={tensor} gives each device {each} heads, but "
             f"model.patterns repeats after {period}; try "
-            f"mesh.tensor={max(config.model.heads // period, 1)}"
+            f"mesh.tensor={max(fewer, default=1)}"
         )

@@ -32,7 +32,9 @@ PEAKS = {
 def peak(device_kind: str) -> float | None:
     """Return a device's peak in FLOP/s, or None where we know of none (a CPU, say)."""
     for prefix in sorted(PEAKS, key=len, reverse=True):
-        if device_kind.startswith(prefix):
+        # Whole words: an L40 is no L4.
+        rest = device_kind.removeprefix(prefix)
+        if rest != device_kind and not rest[:1].isalnum():
             return PEAKS[prefix]
     return None
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -51,15 +53,23 @@ def default_workdir() -> str:
 def parse_flags(argv: list[str]) -> list[str]:
     """Parse as absl does, but answer a mistake in a sentence."""
     try:
-        return flags.FLAGS(argv)
+        rest = flags.FLAGS(argv)
+        if _CONFIG.value is not None:
+            _CONFIG.value.to_dict()  # a file that could not be loaded complains now
     except flags.Error as error:
         raise UserError(str(error)) from None
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         # What ml_collections raises for an unknown option or a value of another type.
         text = error.args[0] if error.args else error
         raise UserError(" ".join(str(text).split())) from None
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise UserError(f"--config={error.filename}: there is no such file") from None
+    except OSError as error:
+        # "... [Errno 2] No such file or directory: 'x.py'", over several lines.
+        text = " ".join(str(error).split()).rpartition("] ")[2]
+        raise UserError(f"--config cannot be read: {text}") from None
+    # absl shows INFO by default: at start-up, every accelerator that is not there.
+    if flags.FLAGS["verbosity"].using_default_value:
+        flags.FLAGS.verbosity = logging.WARNING
+    return rest
 
 
 def _say(line: str) -> None:
@@ -68,13 +78,25 @@ def _say(line: str) -> None:
 
 def entry_point() -> None:
     """Run, and answer what the user can put right without a traceback."""
-    # absl shows INFO by default: at start-up, every accelerator that is not there.
-    flags.FLAGS.set_default("verbosity", logging.WARNING)
+    # A sampled byte or a path that the terminal's encoding lacks is no reason to stop.
+    sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app.run(main, flags_parser=parse_flags)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        _end(2, f"error: {error}")
+    except OSError as error:
+        # Whatever else the system refuses, standard output being full or closed too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _end(2, f"error: {error}; put that right and run the same command again")
+    except KeyboardInterrupt:
+        _end(
+            130, "interrupted; the same command goes on from what was said to be saved"
+        )
+
+
+def _end(status: int, sentence: str) -> NoReturn:
+    print(sentence, file=sys.stderr, flush=True)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

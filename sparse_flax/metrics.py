@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
-from tensorboardX import SummaryWriter
+from matplotlib.figure import Figure
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
-from sparse_flax.workdir import WorkDir, write_atomically
+from sparse_flax.workdir import WorkDir, write_atomically, writing
 
 COLUMNS = (
     "step",
@@ -35,23 +40,18 @@ class MetricsLog:
         self.rows = [row for row in read_rows(workdir.metrics) if row["step"] <= step]
         lines = "".join(json.dumps(row) + "\n" for row in self.rows)
         write_atomically(workdir.metrics, lines.encode())
-        self._file = open(workdir.metrics, "a", buffering=1)  # noqa: SIM115
-        self._events = None
-        if tensorboard:
-            # Events of later steps are hidden by TensorBoard from here on.
-            self._events = SummaryWriter(
-                str(workdir.tensorboard), purge_step=step + 1 if step else None
-            )
+        self._path = workdir.metrics
+        self._events = Events(workdir.tensorboard, step) if tensorboard else None
 
     def write(self, *, step: int, split: str, **values: Any) -> None:
         """Write one row; the columns that are not given are null."""
         row = dict.fromkeys(COLUMNS) | {"step": step, "split": split} | values
         self.rows.append(row)
-        self._file.write(json.dumps(row) + "\n")
+        with writing(self._path), open(self._path, "a") as file:
+            file.write(json.dumps(row) + "\n")
         if self._events:
-            for name in COLUMNS[2:]:
-                if isinstance(row[name], float):
-                    self._events.add_scalar(f"{split}/{name}", row[name], step)
+            numbers = {k: v for k, v in values.items() if isinstance(v, float)}
+            self._events.write(step, {f"{split}/{k}": v for k, v in numbers.items()})
 
     def find(self, split: str, step: int) -> dict[str, Any] | None:
         """Return the row of a split at a step, if there is one."""
@@ -63,16 +63,51 @@ class MetricsLog:
         plot_curve(self.rows, path, bigram)
 
     def close(self) -> None:
-        """Flush and close every file."""
-        self._file.close()
+        """Close what is open."""
         if self._events:
             self._events.close()
+
+
+class Events:
+    """A TensorBoard event file, begun by the first row.
+
+    Not tensorboardX's SummaryWriter: that writes from a thread, and once the disk is
+    full the thread is dead and the run waits for it for ever.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        """Go on after `step`; TensorBoard hides what was written of later ones."""
+        self._folder, self._first = folder, step
+        self._file: EventsWriter | None = None
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Write the scalars of a step through to the disk."""
+        scalars = [Summary.Value(tag=k, simple_value=v) for k, v in values.items()]
+        with writing(self._folder):
+            if self._file is None:
+                self._folder.mkdir(exist_ok=True)
+                # The suffix keeps apart what starts within a second.
+                self._file = EventsWriter(str(self._folder / "events"), f".{step}")
+                restart = SessionLog(status=SessionLog.START)
+                self._add(self._first + 1, session_log=restart)
+            self._add(step, summary=Summary(value=scalars))
+            self._file.flush()
+
+    def _add(self, step: int, **what: Any) -> None:
+        self._file.write_event(Event(wall_time=time.time(), step=step, **what))
+
+    def close(self) -> None:
+        """Close the file, which is complete since the last row."""
+        if self._file:
+            with contextlib.suppress(OSError):  # it repeats what has been raised
+                self._file.close()
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Read the rows of a metrics.jsonl, without a last line that a kill tore."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    text = path.read_text(errors="replace") if path.exists() else ""
+    for line in text.splitlines():
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -94,15 +129,14 @@ def first_not_finite(model: Any, good_gradients: list[bool]) -> str:
             name = jax.tree_util.keystr(path, simple=True, separator=".")
             name = name.removesuffix(".value")
             return f"the first parameter whose {what} is not finite is {name}"
-    return "every parameter and gradient is finite, but their norm is not"
+    return "every parameter and gradient is finite, but what follows from them is not"
 
 
 def plot_curve(rows: list[dict[str, Any]], path: Path, bigram: float | None) -> None:
     """Draw bits per byte against steps, training and validation, into a PNG."""
-    matplotlib.use("Agg")  # works without a screen
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    # Not by pyplot, which needs a screen or takes a notebook's own away.
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     for split, style in (
         ("train", {"color": "#9ab8d8", "linewidth": 1}),
         ("validation", {"color": "#c0392b", "linewidth": 1.5, "marker": "o"}),
@@ -123,5 +157,6 @@ def plot_curve(rows: list[dict[str, Any]], path: Path, bigram: float | None) -> 
     axes.set(xlabel="step", ylabel="bits per byte", title=path.parent.name)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    write_atomically(path, image.getvalue())

@@ -24,7 +24,8 @@ chooses; 'code' is the default. Ll = number of blocks, e = number of position ta
     logits_DN, all biases              0                       0
     norm scales                        1                       1
 
-Zero logits make the loss before training exactly 8 bits a byte.
+`embedding_std`, where it is not 0, replaces the 0.01 or 0.125 / sqrt(D) of the first
+two rows. Zero logits make the loss before training exactly 8 bits a byte.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ class ModelConfig:
     position_shape: tuple[int, ...]  # sizes of the position tables; product >= context
     dropout: float = 0.0
     init: str = "code"
+    embedding_std: float = 0.0  # 0: as init says
     dtype: str = "bfloat16"  # of activations and matrix products
     remat: str = "full"
     implementation: str | None = None  # of attention; None picks
@@ -136,6 +138,7 @@ class SparseTransformer(nnx.Module):
         """Draw the parameters; the same key gives the same model on any device."""
         N, D, tables = config.vocabulary, config.width, len(config.position_shape)
         std = 0.125 / math.sqrt(D) if config.init == "paper" else 0.01
+        std = config.embedding_std or std
         token, start, positions, blocks = jax.random.split(key, 4)
         self.token_ND = nnx.Param(std * jax.random.normal(token, (N, D)))
         self.start_D = nnx.Param(std * jax.random.normal(start, (D,)))

@@ -88,7 +88,8 @@ def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
     def sharding(path: tuple, leaf: Any) -> NamedSharding:
         letters = dimension_letters(path)
         if letters in ("", "D") or len(letters) > len(leaf.shape):
-            return NamedSharding(mesh, P())
+            # Not P(), which is the same layout but another cache key of jit.
+            return NamedSharding(mesh, P(*(None,) * len(leaf.shape)))
         leading = (None,) * (len(leaf.shape) - len(letters))
         axes = (PARAMETER_AXES.get(letter) for letter in letters)
         return NamedSharding(mesh, P(*leading, *axes))

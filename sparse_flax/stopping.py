@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from types import FrameType
+from typing import Any
 
 
 class StopRequest:
@@ -15,6 +16,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: str = ""  # the name of the signal that came
+        self._former: dict[int, Any] = {}
 
     def __bool__(self) -> bool:
         return bool(self.signal)

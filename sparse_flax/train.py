@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from sparse_flax import banner, evaluate, flops, optim, progress, sample, state
@@ -43,38 +43,55 @@ class Trainer:
         say(f"working directory  {workdir}")
         self.config, notices = finalize(config)
         self.model_config = config_lib.model_config(self.config)
-        self.workdir = WorkDir(workdir)
-        data = self.config.data
-        self.splits = byte_data.load(data.name, data.path, data.folder)
-        changed = self.workdir.agree(self.config, self.splits)
         self.stop = StopRequest()
-        mesh = self.config.mesh
-        self.mesh = make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
-        with jax.set_mesh(self.mesh):
-            init_key, self.dropout_key = jax.random.split(
-                jax.random.key(self.config.seed)
-            )
-            args = self.model_config, optim.make_optimizer(self.config.optim), init_key
+        self.clock = progress.Clock()
+        mesh, data = self.config.mesh, self.config.data
+        # What fails in here lets go of the folder again, for a notebook's next attempt.
+        with contextlib.ExitStack() as opened:
+            self.workdir = WorkDir(workdir)
+            opened.callback(self.workdir.close)
+            self.splits = byte_data.load(data.name, data.path, data.folder)
+            changed = self.workdir.agree(self.config, self.splits)
+            self.mesh = make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
             self.checkpoints = Checkpointer(
                 self.workdir.checkpoints, keep=self.config.checkpoint.keep, say=say
             )
-            restored = self.checkpoints.restore_latest(state.abstract(*args))
-            self.step, self.state = restored or (0, state.create(*args))
-            self.saved = self.step if restored else None
+            opened.callback(self.checkpoints.close)
+            with jax.set_mesh(self.mesh):
+                init_key, self.dropout_key = jax.random.split(
+                    jax.random.key(self.config.seed)
+                )
+                optimizer = optim.make_optimizer(self.config.optim)
+                args = self.model_config, optimizer, init_key
+                restored = self.checkpoints.restore_latest(state.abstract(*args))
+                self.step, self.state = restored or (0, state.create(*args))
+                self.saved = self.step if restored else None
+                banner.show(
+                    say, self.config, self.model_config, self.splits, self.saved
+                )
             self.first = self.step
-            banner.show(say, self.config, self.model_config, self.splits, self.saved)
+            self.stream = batches.train_batches(
+                self.splits.train,
+                batch_size=self.config.train.batch_size,
+                context=self.model_config.context,
+                seed=self.config.seed,
+                start=self.step,
+                steps=self.config.train.steps,
+            )
+            # Now that nothing is left to refuse.
+            self.workdir.save_config(self.config, self.splits)
+            self.metrics = MetricsLog(
+                self.workdir, step=self.step, tensorboard=self.config.log.tensorboard
+            )
+            opened.callback(self.metrics.close)
+            self.opened = opened.pop_all()
         for notice in [*notices, *filter(None, [self.splits.notice])]:
             say(f"NOTE: {notice}")
         for change in changed:
             say(f"changed since the last run: {change}")
-        self.metrics = MetricsLog(
-            self.workdir, step=self.step, tensorboard=self.config.log.tensorboard
-        )
         self.bigram = bigram.bigram_bits_per_byte(
             self.splits.train, self.splits.validation
         )
-        self.clock = progress.Clock()
-        self.window: list[Metrics] = []  # of the steps since the last row
 
     # ---- The loop ------------------------------------------------------------------
 
@@ -87,9 +104,10 @@ class Trainer:
         """
         config, steps = self.config, self.config.train.steps
         running: Metrics | None = None  # of the step that the device is at
-        with jax.set_mesh(self.mesh), contextlib.closing(self):
+        train_step = None
+        with jax.set_mesh(self.mesh), self.opened:
+            self.opened.callback(self.stop.ignore)
             self.stop.listen()
-            stream = train_step = None
             while not self.stop:
                 last = self.step >= steps
                 save = last or is_due(self.step, config.checkpoint.every_steps)
@@ -106,13 +124,10 @@ class Trainer:
                     self.announce(self.checkpoints.poll())
                 if last or self.stop:
                     break
-                if stream is None:
-                    stream = self.batches()
-                    batch = put_batch(next(stream))
+                batch = put_batch(next(self.stream))
+                if train_step is None:
                     train_step = self.compile(batch)
                     self.clock.start(self.step)
-                else:
-                    batch = put_batch(next(stream))
                 self.state, values = train_step(self.state, batch)
                 # The step before is looked at while this one runs.
                 if running:
@@ -124,24 +139,11 @@ class Trainer:
             if self.stop:
                 self.save()
             self.announce(self.checkpoints.wait())
-            if not self.stop:
-                self.finish()
-            if self.stop:
+            if self.stop or not self.finish():
                 self.say(
                     f"stopped by {self.stop.signal} at step {self.step:,}; the same "
                     "command goes on from there"
                 )
-
-    def batches(self):
-        """Return the training batches from the present step on."""
-        return batches.train_batches(
-            self.splits.train,
-            batch_size=self.config.train.batch_size,
-            context=self.model_config.context,
-            seed=self.config.seed,
-            start=self.step,
-            steps=self.config.train.steps,
-        )
 
     def compile(self, batch: Any) -> Callable:
         """Compile the train step, ahead of its first use, and say how long it took."""
@@ -160,33 +162,39 @@ class Trainer:
         config, step = self.config, values["step"]
         values = jax.device_get(values)
         if not values["finite"]:
-            steps = self.checkpoints.steps()
-            raise UserError(
+            self.give_up(
                 f"step {step:,}: the loss is {values['bits_per_byte']:.3g} bits per "
-                f"byte and the gradient norm {values['grad_norm']:.3g}; "
-                f"{first_not_finite(self.state.model, values['good_gradients'])}; "
-                f"nothing was saved after step {max(steps, default=0):,}; try half of "
-                f"optim.learning_rate={config.optim.learning_rate}"
+                f"byte and the gradient norm {values['grad_norm']:.3g}",
+                first_not_finite(self.state.model, values["good_gradients"]),
             )
-        self.window.append(values)
-        ends = self.first + 1, config.train.steps
-        if step not in ends and not is_due(step, config.log.every_steps):
+        # Which rows there are must not depend on where the run was interrupted.
+        due = step in (1, config.train.steps) or is_due(step, config.log.every_steps)
+        if not due and step != self.first + 1:
             return
         speed = self.clock.lap(step) * config.train.batch_size
         peak = flops.peak(self.mesh.devices.flat[0].device_kind)
         used = speed * flops.train_flops(self.model_config)
         row = {
-            "bits_per_byte": float(np.mean([w["bits_per_byte"] for w in self.window])),
+            "bits_per_byte": float(values["bits_per_byte"]),
             "weights": "raw",
             "learning_rate": float(values["learning_rate"]),
             "grad_norm": float(values["grad_norm"]),
             "tokens_per_s": speed * self.model_config.context,
             "mfu": used / (peak * self.mesh.size) if peak else None,
         }
-        self.window = []
-        self.metrics.write(step=step, split="train", **row)
+        if due:
+            self.metrics.write(step=step, split="train", **row)
         left = self.clock.left(step, config.train.steps)
         self.say(progress.line(step, config.train.steps, row, left))
+
+    def give_up(self, what: str, where: str) -> NoReturn:
+        """Raise the UserError about numbers that are not finite."""
+        self.announce(self.checkpoints.wait())
+        raise UserError(
+            f"{what}; {where}; nothing was saved after step "
+            f"{max(self.checkpoints.steps(), default=0):,}; try half of "
+            f"optim.learning_rate={self.config.optim.learning_rate}"
+        )
 
     # ---- Now and then --------------------------------------------------------------
 
@@ -207,8 +215,9 @@ class Trainer:
         windows = batches.evaluation_window_count(
             self.splits.validation.size, context, config.max_windows
         )
+        model = self.state.ema if config.weights == "ema" else self.state.model
         score = evaluate.bits_per_byte(
-            self.state.ema if config.weights == "ema" else self.state.model,
+            model,
             batches.evaluation_batches(
                 self.splits.validation,
                 batch_size=config.batch_size,
@@ -222,6 +231,11 @@ class Trainer:
         )
         if score is None:
             return
+        if not math.isfinite(score):
+            self.give_up(
+                f"step {self.step:,}: the validation score is {score} bits per byte",
+                first_not_finite(model, [True] * len(jax.tree.leaves(model))),
+            )
         self.metrics.write(
             step=self.step,
             split="validation",
@@ -235,11 +249,11 @@ class Trainer:
             f"a bigram table: {self.bigram:.3f})"
         )
 
-    def finish(self) -> None:
-        """Sample, and show what came out."""
+    def finish(self) -> bool:
+        """Sample, and show what came out; return False if told to stop before that."""
         text = self.sample()
         if self.stop:
-            return
+            return False
         scores = [r for r in self.metrics.rows if r["split"] == "validation"]
         steps = self.config.train.steps
         past = f", past train.steps={steps:,}" if self.step > steps else ""
@@ -256,6 +270,7 @@ class Trainer:
         self.say(f"metrics            {self.workdir.metrics}")
         self.say(f"curve              {self.workdir.curve}")
         self.say(f"parameters fingerprint: {fingerprint(self.state.model)}")
+        return True
 
     def sample(self) -> str:
         """Continue the beginning of the validation text; the same for the same run."""
@@ -274,13 +289,6 @@ class Trainer:
         write_atomically(self.workdir.sample, prompt + sampled)
         shown = [x.decode("utf-8", "backslashreplace") for x in (prompt, sampled)]
         return f"--- prompt ---\n{shown[0]}\n--- continued ---\n{shown[1]}\n---"
-
-    def close(self) -> None:
-        """Close every file and put the signal handlers back."""
-        self.stop.ignore()
-        self.metrics.close()
-        self.checkpoints.close()
-        self.workdir.close()
 
 
 def is_due(step: int, every: int) -> bool:

@@ -41,7 +41,7 @@ def make_train_step(config: ConfigDict, dropout_key: jax.Array) -> Callable:
             opt_state=opt_state,
             ema=optim.update_average(old.ema, model, old.step, config.optim.ema_decay),
         )
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(nats) & jnp.isfinite(grad_norm)
         # A step that is not finite changes nothing, so that the state stays good.
         new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)

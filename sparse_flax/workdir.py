@@ -11,9 +11,11 @@ tensorboard/       event files
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +41,15 @@ class WorkDir:
         self.path = Path(path).expanduser().absolute()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            entries = {entry.name for entry in self.path.iterdir()} - {"lock"}
+            entries = {entry.name for entry in self.path.iterdir()}
+            entries -= {"lock", "config.json.new"}  # what a start may leave behind
             if entries and "config.json" not in entries:
                 raise UserError(
                     f"--workdir={path} holds {len(entries)} entries, such as "
                     f"{min(entries)!r}, and no config.json of a run; name an empty or "
                     "a new folder"
                 )
-            self.saved = self._read_config() if entries else None
+            self._read_config()
             self._lock = open(self.path / "lock", "a")  # noqa: SIM115 (held for life)
         except OSError as error:
             raise UserError(
@@ -74,26 +77,30 @@ class WorkDir:
         self._lock.close()
 
     def agree(self, config: ConfigDict, splits: Splits) -> list[str]:
-        """Check that this configuration may go on with the run, and save it.
+        """Check that this configuration may go on with the run.
 
         Returns a line for each option that changed.
 
         Raises:
           UserError: it changes parameter shapes or the order of the data.
         """
-        lines = []
-        if self.saved:
-            before = self.saved["data"]
-            lines = config_lib.changes(self.saved["config"], config)
-            if before["fingerprint"] != splits.fingerprint:
-                raise UserError(
-                    f"the data are {splits.source} ({_describe(identity(splits))}), "
-                    "but the run in this working directory has read "
-                    f"{before['source']} ({_describe(before)}); give it the same bytes"
-                    ", or another --workdir"
-                )
-            if before["source"] != splits.source:
-                lines.append(f"data: {before['source']} -> {splits.source}, same bytes")
+        saved = self._read_config()
+        if saved is None:
+            return []
+        before = saved["data"]
+        lines = config_lib.changes(saved["config"], config)
+        if before["fingerprint"] != splits.fingerprint:
+            raise UserError(
+                f"the data are {splits.source} ({_describe(identity(splits))}), but "
+                f"the run in this working directory has read {before['source']} "
+                f"({_describe(before)}); give it the same bytes, or another --workdir"
+            )
+        if before["source"] != splits.source:
+            lines.append(f"data: {before['source']} -> {splits.source}, same bytes")
+        return lines
+
+    def save_config(self, config: ConfigDict, splits: Splits) -> None:
+        """Write down what the next run has to agree with."""
         record = {
             "format": FORMAT,
             "version": __version__,
@@ -103,10 +110,11 @@ class WorkDir:
         write_atomically(
             self.path / "config.json", json.dumps(record, indent=2).encode() + b"\n"
         )
-        return lines
 
-    def _read_config(self) -> dict[str, Any]:
+    def _read_config(self) -> dict[str, Any] | None:
         path = self.path / "config.json"
+        if not path.exists():
+            return None
         try:
             record = json.loads(path.read_text())
             if record["format"] == FORMAT and {"data", "config"} <= record.keys():
@@ -128,14 +136,30 @@ def identity(splits: Splits) -> dict[str, Any]:
     }
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to write into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} could not be written: {error.strerror or error}; the checkpoints "
+            "are untouched; put that right and run the same command again"
+        ) from error
+
+
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file such that a kill at any moment leaves the old or the new one."""
+    """Replace a file such that a kill at any moment leaves the old or the new one.
+
+    Raises UserError if the system refuses; the old one is left then.
+    """
     beside = path.with_name(path.name + ".new")
-    with open(beside, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    with writing(path):
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
 
 
 def _describe(data: dict[str, Any]) -> str:

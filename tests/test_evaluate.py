@@ -1,0 +1,90 @@
+"""Bits per byte against a loop over windows, one by one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparse_flax import evaluate
+from sparse_flax.attention import Strided
+from sparse_flax.data.batches import evaluation_batches
+from sparse_flax.model import START, ModelConfig, SparseTransformer
+
+CONFIG = ModelConfig(
+    context=8,
+    layers=2,
+    width=16,
+    heads=2,
+    qk_width=16,
+    feed_forward=32,
+    patterns=(Strided(3),),
+    position_shape=(3, 3),
+    dtype="float32",
+)
+
+
+@functools.cache
+def noisy_model():
+    rng = np.random.default_rng(0)
+    make = functools.partial(SparseTransformer, CONFIG)
+    return jax.tree.map(
+        lambda x: jnp.asarray(0.4 * rng.normal(size=x.shape), jnp.float32),
+        jax.eval_shape(make, jax.random.key(0)),
+    )
+
+
+def bits_per_byte(data, batch_size=2, stop=False, say=print):
+    batches = evaluation_batches(data, batch_size=batch_size, context=8)
+    return evaluate.bits_per_byte(
+        noisy_model(), batches, count=9, put=lambda batch: batch, stop=stop, say=say
+    )
+
+
+def by_hand(data):
+    bits = []
+    forward = jax.jit(lambda model, inputs_BT: model(inputs_BT))
+    for start in range(0, len(data), 8):
+        window = data[start : start + 8].astype(int)
+        inputs = jnp.asarray([[START, *window[:-1]]])
+        logits_TN = np.asarray(forward(noisy_model(), inputs), np.float64)[0]
+        total_T = np.log2(np.exp(logits_TN).sum(-1))
+        for t, byte in enumerate(window):
+            bits.append(total_T[t] - logits_TN[t, byte] / np.log(2))
+    assert len(bits) == len(data)
+    return sum(bits) / len(bits)
+
+
+# A last window of 1, of 5 and of all bytes; a last batch that is not full.
+@pytest.mark.parametrize("size", [33, 5, 24])
+def test_equals_a_loop_over_windows(size):
+    data = np.random.default_rng(size).integers(0, 256, size).astype(np.uint8)
+    expected = by_hand(data)
+    assert abs(expected - 8) > 0.01
+    for batch_size in (2, 3):
+        score = bits_per_byte(data, batch_size)
+        assert abs(score - expected) < 1e-5
+
+
+def test_an_interrupted_evaluation_has_no_result():
+    class StopsAfter:
+        def __init__(self, calls):
+            self.left = calls
+
+        def __bool__(self):
+            self.left -= 1
+            return self.left < 0
+
+    data = np.arange(33, dtype=np.uint8)
+    assert bits_per_byte(data, stop=StopsAfter(0)) is None
+    assert bits_per_byte(data, stop=StopsAfter(2)) is None
+    assert bits_per_byte(data, stop=StopsAfter(3)) == bits_per_byte(data)
+
+
+def test_tells_how_far_it_is(monkeypatch):
+    seconds = iter(range(0, 1000, 11))
+    monkeypatch.setattr("sparse_flax.evaluate.time.monotonic", lambda: next(seconds))
+    lines = []
+    bits_per_byte(np.arange(33, dtype=np.uint8), say=lines.append)
+    assert lines[0].startswith("evaluating: batch 1 of 9 | eta ")
