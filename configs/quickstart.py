@@ -17,24 +17,25 @@ def get_config(preset: str = "") -> ConfigDict:
     config.data.name = "stdlib"
 
     config.model.context = 2048
-    config.model.layers = 4
+    config.model.layers = 2
     config.model.width = 128
     config.model.heads = 4
-    config.model.patterns = "Fixed(64, 16, rotate=True)"
+    config.model.patterns = "Fixed(64, 8, rotate=True)"
+    config.model.embedding_std = 0.1
     config.model.remat = "none"
     config.model.dtype = "float32"  # CPUs have no fast bfloat16
 
-    config.optim.learning_rate = 4e-3
+    config.optim.learning_rate = 3e-3
+    config.optim.embedding_rate = 6.0  # a short run: see sparse_flax/optim.py
     config.optim.warmup_steps = 20
     config.optim.beta2 = 0.95
 
-    config.train.steps = 200
+    config.train.steps = 420
     config.train.batch_size = 2
 
-    config.eval.every_steps = 100
-    config.eval.batch_size = 4
+    config.eval.every_steps = 140
     config.eval.max_windows = 64
+    config.checkpoint.every_steps = 140
     config.eval.prompt_bytes = 200
     config.eval.sample_bytes = 200
-    config.checkpoint.every_steps = 100
     return config

@@ -61,6 +61,7 @@ def defaults() -> ConfigDict:
             },
             "optim": {
                 "learning_rate": 5e-4,  # at the end of warm-up
+                "embedding_rate": 1.0,  # times learning_rate, of embeddings and logits
                 "warmup_steps": 5000,  # linear; then cosine to 0 at train.steps
                 "beta1": 0.9,
                 "beta2": 0.999,
@@ -140,20 +141,22 @@ def changes(old: dict[str, Any], new: ConfigDict) -> list[str]:
       UserError: an option in `FIXED` differs; names it and both values.
     """
     before, after = flatten(old), flatten(new.to_dict())
-    lines = []
-    for name in sorted(before.keys() | after.keys()):
-        a, b = before.get(name, "unset"), after.get(name, "unset")
-        if a == b:
-            continue
-        if name in FIXED:
+    names = [*FIXED, *sorted((before.keys() | after.keys()) - set(FIXED))]
+    pairs = {name: (before.get(name), after.get(name)) for name in names}
+    changed = {name: (a, b) for name, (a, b) in pairs.items() if a != b}
+    for name, (a, b) in changed.items():
+        if name in FIXED:  # which come first, and the causes before what they derive
             raise UserError(
                 f"{name}={b!r}, but the run in this working directory has {name}="
                 f"{a!r}, which cannot change once parameters exist; use {a!r}, or "
                 "another --workdir"
             )
-        if not name.startswith("data."):  # those are compared by content
-            lines.append(f"{name}: {a} -> {b}")
-    return lines
+    # Data are compared by content.
+    return [
+        f"{name}: {a} -> {b}"
+        for name, (a, b) in changed.items()
+        if not name.startswith("data.")
+    ]
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -77,7 +77,12 @@ AT_LEAST_0 = [
     "eval.sample_bytes",
     "checkpoint.every_steps",
 ]
-ABOVE_0 = ["optim.learning_rate", "optim.epsilon", "optim.clip_norm"]
+ABOVE_0 = [
+    "optim.learning_rate",
+    "optim.embedding_rate",
+    "optim.epsilon",
+    "optim.clip_norm",
+]
 FRACTIONS = ["model.dropout", "optim.beta1", "optim.beta2", "optim.ema_decay"]
 
 

@@ -13,6 +13,7 @@ import optax
 
 from sparse_flax.model import SparseTransformer
 from sparse_flax.progress import duration
+from sparse_flax.sharding import put_batch
 
 Batch = dict[str, np.ndarray]
 
@@ -28,12 +29,17 @@ def _summed(model: SparseTransformer, batch: Batch) -> jax.Array:
     return jnp.sum(nats_BT * batch["weights_BT"], dtype=jnp.float32)
 
 
+def is_finite(model: SparseTransformer, batch: Batch) -> bool:
+    """Whether the cost of a training batch, on the mesh, is a finite number."""
+    weights_BT = put_batch(np.ones(batch["targets_BT"].shape, np.float32))
+    return bool(jnp.isfinite(_summed(model, {**batch, "weights_BT": weights_BT})))
+
+
 def bits_per_byte(
     model: SparseTransformer,
     batches: Iterable[Batch],
     *,
     count: int,
-    put: Callable[[Batch], Batch],
     stop: object,
     say: Callable[[str], None],
 ) -> float | None:
@@ -46,7 +52,6 @@ def bits_per_byte(
       model: the weights to evaluate.
       batches: as from `data.batches.evaluation_batches`.
       count: how many batches there are, for the progress line.
-      put: places a batch on the mesh.
       stop: where it becomes true, the evaluation is given up.
       say: takes a progress line, every ten seconds.
 
@@ -59,7 +64,7 @@ def bits_per_byte(
     for done, batch in enumerate(batches):
         if stop:
             return None
-        waiting.append(_summed(model, put(batch)))
+        waiting.append(_summed(model, put_batch(batch)))
         scored += float(batch["weights_BT"].sum())
         if len(waiting) > 1:  # one batch runs while the one before it is fetched
             nats += float(waiting.pop(0))

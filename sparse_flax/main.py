@@ -60,8 +60,10 @@ def parse_flags(argv: list[str]) -> list[str]:
         raise UserError(str(error)) from None
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         # What ml_collections raises for an unknown option or a value of another type.
-        text = error.args[0] if error.args else error
-        raise UserError(" ".join(str(text).split())) from None
+        text = str(error.args[0] if error.args else error).replace("\\n", " ")
+        if isinstance(error, KeyError | AttributeError) and " " not in text.strip():
+            text = f"the configuration has no option {text}"
+        raise UserError(" ".join(text.split())) from None
     except OSError as error:
         # "... [Errno 2] No such file or directory: 'x.py'", over several lines.
         text = " ".join(str(error).split()).rpartition("] ")[2]

@@ -120,12 +120,13 @@ def first_not_finite(model: Any, good_gradients: list[bool]) -> str:
 
     Args:
       model: the parameters before the step that failed.
-      good_gradients: whether each one's gradient in that step was finite.
+      good_gradients: whether each one's gradient in that step was finite; empty where
+        there was no gradient.
     """
     leaves = jax.tree_util.tree_flatten_with_path(model)[0]
     values = [not jnp.isfinite(leaf).all() for _, leaf in leaves]
-    for what, bad in (("value", values), ("gradient", ~np.array(good_gradients))):
-        for path, _ in itertools.compress(leaves, bad):
+    for what, bad in (("value", values), ("gradient", np.logical_not(good_gradients))):
+        for path, _ in itertools.compress(leaves, bad):  # the first is enough
             name = jax.tree_util.keystr(path, simple=True, separator=".")
             name = name.removesuffix(".value")
             return f"the first parameter whose {what} is not finite is {name}"

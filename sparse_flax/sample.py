@@ -39,7 +39,7 @@ def continue_text(
         training.
       count: how many bytes; prompt and sample together must fit the context.
       seed: the same seed gives the same bytes.
-      temperature: divides the logits; the paper samples at 1.
+      temperature: divides the logits, above 0; the paper samples at 1.
       stop: where it becomes true, what was sampled so far is returned.
       say: takes a progress line, every ten seconds.
     """
@@ -50,6 +50,8 @@ def continue_text(
             f"context of {model.config.context}; sample "
             f"{max(model.config.context - len(prompt), 0)} or fewer"
         )
+    if temperature <= 0:
+        raise ValueError(f"temperature={temperature} must be above 0; try 1.0")
     # One row, padded: what lies behind the place being sampled is never seen.
     steps = -(-count // BYTES_PER_CALL)
     size = min(len(prompt) + steps * BYTES_PER_CALL, model.config.context)

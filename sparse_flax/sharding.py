@@ -18,6 +18,7 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -59,7 +60,9 @@ def activation(letters: str) -> P | None:
 
 
 def put_batch(batch: Any) -> Any:
-    """Place the arrays of a batch, whose first dimension is B, on the mesh."""
+    """Place arrays whose first dimension is B on the mesh, if there is one."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return jax.tree.map(jnp.asarray, batch)
     sharding = NamedSharding(jax.sharding.get_mesh(), P(ACTIVATION_AXES["B"]))
     return jax.tree.map(lambda x: jax.device_put(x, sharding), batch)
 

@@ -69,7 +69,7 @@ class Trainer:
                 banner.show(
                     say, self.config, self.model_config, self.splits, self.saved
                 )
-            self.first = self.step
+            self.first, self.batch = self.step, None
             self.stream = batches.train_batches(
                 self.splits.train,
                 batch_size=self.config.train.batch_size,
@@ -124,11 +124,11 @@ class Trainer:
                     self.announce(self.checkpoints.poll())
                 if last or self.stop:
                     break
-                batch = put_batch(next(self.stream))
+                self.batch = put_batch(next(self.stream))
                 if train_step is None:
-                    train_step = self.compile(batch)
+                    train_step = self.compile(self.batch)
                     self.clock.start(self.step)
-                self.state, values = train_step(self.state, batch)
+                self.state, values = train_step(self.state, self.batch)
                 # The step before is looked at while this one runs.
                 if running:
                     self.account_for(running)
@@ -200,9 +200,16 @@ class Trainer:
 
     def save(self) -> None:
         """Start to save the state, unless this step is saved already."""
-        if self.saved != self.step:
-            self.checkpoints.save(self.step, self.state)
-            self.saved = self.step
+        if self.saved == self.step:
+            return
+        # A step may be finite and still lead where the next one is not.
+        if self.batch and not evaluate.is_finite(self.state.model, self.batch):
+            self.give_up(
+                f"step {self.step:,}: the loss after it is not finite",
+                first_not_finite(self.state.model, []),
+            )
+        self.checkpoints.save(self.step, self.state)
+        self.saved = self.step
 
     def announce(self, steps: list[int]) -> None:
         """Say of each checkpoint that it is saved, once that is true."""
@@ -225,7 +232,6 @@ class Trainer:
                 max_windows=config.max_windows,
             ),
             count=-(-windows // config.batch_size),
-            put=put_batch,
             stop=self.stop,
             say=self.say,
         )
@@ -234,7 +240,7 @@ class Trainer:
         if not math.isfinite(score):
             self.give_up(
                 f"step {self.step:,}: the validation score is {score} bits per byte",
-                first_not_finite(model, [True] * len(jax.tree.leaves(model))),
+                first_not_finite(model, []),
             )
         self.metrics.write(
             step=self.step,

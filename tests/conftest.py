@@ -5,11 +5,9 @@ import sys
 
 
 def _wants_gpu() -> bool:
-    """Whether pytest was called with `-m gpu`."""
-    return any(
-        sys.argv[i] in ("-m", "-mgpu") and "gpu" in sys.argv[i:][:2][-1].split()
-        for i in range(len(sys.argv))
-    )
+    """Whether pytest was called with `-m gpu`, before it has read its arguments."""
+    given = zip(sys.argv, sys.argv[1:], strict=False)
+    return "-mgpu" in sys.argv or ("-m", "gpu") in given
 
 
 if not _wants_gpu():

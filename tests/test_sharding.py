@@ -154,17 +154,17 @@ def test_the_table_of_parameters():
 
 
 def test_samples_and_evaluates_on_a_mesh_as_without_one():
-    def outcomes(model, put):
+    def outcomes(model):
         rows = [batch() | {"weights_BT": np.ones((8, 16), np.float32)}]
-        score = bits_per_byte(model, rows, count=1, put=put, stop=False, say=print)
+        score = bits_per_byte(model, rows, count=1, stop=False, say=print)
         return continue_text(model, b"abc", 13, seed=5), score
 
-    alone, score = outcomes(noisy_model(), lambda rows: rows)
+    alone, score = outcomes(noisy_model())
     mesh = make_mesh(2, 2, 2)
     with jax.set_mesh(mesh):
         model = noisy_model()
         model = jax.device_put(model, parameter_shardings(model, mesh))
-        together, same_score = outcomes(model, put_batch)
+        together, same_score = outcomes(model)
     assert together == alone
     assert abs(score - same_score) < 1e-5
 
