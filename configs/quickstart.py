@@ -25,17 +25,17 @@ def get_config(preset: str = "") -> ConfigDict:
     config.model.remat = "none"
     config.model.dtype = "float32"  # CPUs have no fast bfloat16
 
-    config.optim.learning_rate = 3e-3
+    config.optim.learning_rate = 4e-3
     config.optim.embedding_rate = 6.0  # a short run: see sparse_flax/optim.py
     config.optim.warmup_steps = 20
     config.optim.beta2 = 0.95
 
-    config.train.steps = 420
+    config.train.steps = 500
     config.train.batch_size = 2
 
-    config.eval.every_steps = 140
+    config.eval.every_steps = 250
     config.eval.max_windows = 64
-    config.checkpoint.every_steps = 140
+    config.checkpoint.every_steps = 125
     config.eval.prompt_bytes = 200
     config.eval.sample_bytes = 200
     return config

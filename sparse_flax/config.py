@@ -142,7 +142,9 @@ def changes(old: dict[str, Any], new: ConfigDict) -> list[str]:
     """
     before, after = flatten(old), flatten(new.to_dict())
     names = [*FIXED, *sorted((before.keys() | after.keys()) - set(FIXED))]
-    pairs = {name: (before.get(name), after.get(name)) for name in names}
+    pairs = {
+        name: (before.get(name, "unset"), after.get(name, "unset")) for name in names
+    }
     changed = {name: (a, b) for name, (a, b) in pairs.items() if a != b}
     for name, (a, b) in changed.items():
         if name in FIXED:  # which come first, and the causes before what they derive

@@ -116,7 +116,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def first_not_finite(model: Any, good_gradients: list[bool]) -> str:
-    """Name the first parameter, in the order of the model, that went bad.
+    """Name the first parameter, in the order of the tree, that went bad.
 
     Args:
       model: the parameters before the step that failed.

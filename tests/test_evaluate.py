@@ -37,9 +37,7 @@ def noisy_model():
 
 def bits_per_byte(data, batch_size=2, stop=False, say=print):
     batches = evaluation_batches(data, batch_size=batch_size, context=8)
-    return evaluate.bits_per_byte(
-        noisy_model(), batches, count=9, stop=stop, say=say
-    )
+    return evaluate.bits_per_byte(noisy_model(), batches, count=9, stop=stop, say=say)
 
 
 def by_hand(data):

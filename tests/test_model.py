@@ -118,6 +118,15 @@ def test_costs_eight_bits_before_training(init):
     assert_close(bits_BT, np.full(inputs_BT.shape, 8.0), 1e-6)
 
 
+def test_embeddings_take_the_standard_deviation_that_is_given():
+    config = dataclasses.replace(untrained("code").config, embedding_std=0.5)
+    model = SparseTransformer(config, jax.random.key(0))
+    assert abs(float(jnp.std(model.token_ND[...])) - 0.5) < 0.02
+    assert abs(float(jnp.std(model.positions_ND[0][...])) - 0.5 / 2**0.5) < 0.05
+    blocks = untrained("code").blocks
+    np.testing.assert_array_equal(model.blocks.up_DF[...], blocks.up_DF[...])
+
+
 @pytest.mark.parametrize("init", ["code", "paper"])
 def test_initialises_as_its_table_says(init):
     D, F, L = 128, 384, 3

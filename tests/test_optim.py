@@ -26,6 +26,7 @@ def configuration():
     config.model.dropout = 0.25
     config.optim.learning_rate = 0.02
     config.optim.warmup_steps = 2
+    config.optim.embedding_rate = 1.5
     config.optim.epsilon = 1e-3  # so that clipping shows
     config.optim.weight_decay = 0.1
     config.optim.clip_norm = 0.05
@@ -166,7 +167,8 @@ def test_three_steps_equal_adam_by_hand():
             m_hat = m[n] / (1 - o.beta1 ** (step + 1))
             v_hat = v[n] / (1 - o.beta2 ** (step + 1))
             update = m_hat / (np.sqrt(v_hat) + o.epsilon)
-            p[n] = p[n] - rate * (update + o.weight_decay * decays[n] * p[n])
+            own_rate = rate if n.startswith((".blocks", ".norm")) else 1.5 * rate
+            p[n] = p[n] - own_rate * (update + o.weight_decay * decays[n] * p[n])
         past = min(o.ema_decay, (1 + step) / (10 + step))
         average = {n: past * average[n] + (1 - past) * p[n] for n in p}
 

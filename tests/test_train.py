@@ -332,9 +332,8 @@ def test_a_run_without_its_checkpoints_starts_afresh(copied, text, straight):
 )
 def test_what_would_change_shapes_or_data_is_refused(straight, text, name, was, now):
     before = listing(straight[0])
-    derived = {"model.qk_width": 16, "model.feed_forward": 64}
     with pytest.raises(UserError) as error:
-        run(straight[0], tiny(text, **derived, **{name: now}))
+        run(straight[0], tiny(text, **{name: now}))
     said = str(error.value)
     assert f"{name}={was}" in said
     assert str(now).replace("(8)", "(window=8)") in said
@@ -405,6 +404,11 @@ def test_a_start_that_was_refused_leaves_the_folder_free(
     [
         (1e30, {}, "step 2: the loss is nan bits per byte and the gradient norm nan; "),
         (1e30, {"eval.every_steps": 1}, "step 1: the validation score is nan bits per"),
+        (
+            1e30,
+            {"checkpoint.every_steps": 1},
+            "step 1: the loss after it is not finite",
+        ),
         pytest.param(
             *(1e39, {}, "the first parameter whose value is not finite is "),
             marks=pytest.mark.slow,
