@@ -8,13 +8,17 @@ Presets:
     shared    all heads use the last slice of each block
 """
 
+import runpy
+from pathlib import Path
+
 from ml_collections import ConfigDict
 
-from configs import enwik8
+# By its path: a config is a file, which may be read from any folder.
+ENWIK8 = runpy.run_path(str(Path(__file__).with_name("enwik8.py")))
 
 
 def get_config(preset: str = "") -> ConfigDict:
-    config = enwik8.get_config(preset)
+    config = ENWIK8["get_config"](preset)
     config.data.name = "bytes"
     config.data.path = "data/books100.txt"
     return config
