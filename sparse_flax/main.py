@@ -61,7 +61,9 @@ def parse_flags(argv: list[str]) -> list[str]:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         # What ml_collections raises for an unknown option or a value of another type.
         text = str(error.args[0] if error.args else error).replace("\\n", " ")
-        if isinstance(error, KeyError | AttributeError) and " " not in text.strip():
+        if "Did you mean" in text:  # ... "width" instead of "widht"?
+            text = "there is no such option; did" + text.rpartition("Did")[2].strip("'")
+        elif isinstance(error, KeyError | AttributeError) and " " not in text.strip():
             text = f"the configuration has no option {text}"
         raise UserError(" ".join(text.split())) from None
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import time
 from collections.abc import Iterator
@@ -11,22 +12,26 @@ from typing import Any
 class Clock:
     """Steps per second without pauses, and the time left with them."""
 
+    # Steps that a rate is averaged over. A single one would not do: the metrics of a
+    # step arrive while the next is running, now sooner and now later.
+    WINDOW = 20
+
     def __init__(self) -> None:
         self._paused = 0.0
 
     def start(self, step: int) -> None:
         """Begin to count at `step`, after compiling."""
-        self._first = self._last = step
-        self._began = self._lapped = time.monotonic()
-        self._paused = 0.0
+        self._first, self._began, self._paused = step, time.monotonic(), 0.0
+        self._marks = collections.deque([(step, self._began)], self.WINDOW + 1)
 
-    def lap(self, step: int) -> float:
-        """Return steps per second since the lap before, pauses left out."""
-        now = time.monotonic()
-        seconds = now - self._lapped - self._paused
-        rate = (step - self._last) / max(seconds, 1e-9)
-        self._last, self._lapped, self._paused = step, now, 0.0
-        return rate
+    def tick(self, step: int) -> None:
+        """Note that `step` is done."""
+        self._marks.append((step, time.monotonic() - self._paused))
+
+    def rate(self) -> float:
+        """Return steps per second over the latest steps, pauses left out."""
+        (first, began), (last, ended) = self._marks[0], self._marks[-1]
+        return (last - first) / max(ended - began, 1e-9)
 
     def left(self, step: int, steps: int) -> float:
         """Return the seconds until `steps`, evaluations and saving included."""
@@ -66,3 +71,8 @@ def line(step: int, steps: int, row: dict[str, Any], seconds_left: float) -> str
     if row["mfu"] is not None:
         parts.append(f"MFU {row['mfu']:.1%}")
     return " | ".join([*parts, f"eta {duration(seconds_left)}"])
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps (0: never) happens now."""
+    return every > 0 and step > 0 and step % every == 0

@@ -110,9 +110,9 @@ class Trainer:
             self.stop.listen()
             while not self.stop:
                 last = self.step >= steps
-                save = last or is_due(self.step, config.checkpoint.every_steps)
+                save = last or progress.is_due(self.step, config.checkpoint.every_steps)
                 check = last or self.step == 0
-                check |= is_due(self.step, config.eval.every_steps)
+                check |= progress.is_due(self.step, config.eval.every_steps)
                 if running and (save or check):
                     self.account_for(running)
                     running = None
@@ -167,11 +167,14 @@ class Trainer:
                 f"byte and the gradient norm {values['grad_norm']:.3g}",
                 first_not_finite(self.state.model, values["good_gradients"]),
             )
+        self.clock.tick(step)
         # Which rows there are must not depend on where the run was interrupted.
-        due = step in (1, config.train.steps) or is_due(step, config.log.every_steps)
+        due = step in (1, config.train.steps) or progress.is_due(
+            step, config.log.every_steps
+        )
         if not due and step != self.first + 1:
             return
-        speed = self.clock.lap(step) * config.train.batch_size
+        speed = self.clock.rate() * config.train.batch_size
         peak = flops.peak(self.mesh.devices.flat[0].device_kind)
         used = speed * flops.train_flops(self.model_config)
         row = {
@@ -295,8 +298,3 @@ class Trainer:
         write_atomically(self.workdir.sample, prompt + sampled)
         shown = [x.decode("utf-8", "backslashreplace") for x in (prompt, sampled)]
         return f"--- prompt ---\n{shown[0]}\n--- continued ---\n{shown[1]}\n---"
-
-
-def is_due(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps (0: never) happens now."""
-    return every > 0 and step > 0 and step % every == 0
