@@ -1,4 +1,4 @@
-"""The enwik8 model on a text of your own, split 90/5/5 (written for 100 MB of books).
+"""The enwik8 model on a text of your own, split 90/5/5.
 
     python -m sparse_flax.main --config=configs/books.py --config.data.path=FILE
 
@@ -20,5 +20,4 @@ ENWIK8 = runpy.run_path(str(Path(__file__).with_name("enwik8.py")))
 def get_config(preset: str = "") -> ConfigDict:
     config = ENWIK8["get_config"](preset)
     config.data.name = "bytes"
-    config.data.path = "data/books100.txt"
     return config

@@ -1,4 +1,4 @@
-"""What a run says before it starts: versions, devices, sizes, decisions."""
+"""What a run says of itself: before it starts, and what came out."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -77,6 +78,19 @@ def show(
     )
 
 
+def show_result(say: Say, rows: list[dict[str, Any]], bigram: float) -> None:
+    """Print the scores of a finished run beside that of a bigram table."""
+    scores = [row for row in rows if row["split"] == "validation"]
+    test = [row for row in rows if row["split"] == "test"][-1]
+    first, last = (f"{scores[i]['bits_per_byte']:.3f}" for i in (0, -1))
+    say(
+        f"validation         {first} bits/byte at step {scores[0]['step']:,}, {last} "
+        f"at step {scores[-1]['step']:,} ({scores[-1]['weights']} weights)"
+    )
+    say(f"bigram table       {bigram:.3f} bits/byte on the same windows")
+    say(f"test               {test['bits_per_byte']:.3f} bits/byte")
+
+
 def unused_accelerators() -> list[str]:
     """Return a sentence for each accelerator that is there and does not work."""
     found = []
@@ -88,12 +102,14 @@ def unused_accelerators() -> list[str]:
             )
         if Path("/dev/accel0").exists() or Path("/dev/vfio/0").exists():
             found.append(
-                'a TPU is here, but jax runs on the CPU: pip install "jax[tpu]"'
+                "a TPU seems to be here, but jax runs on the CPU: "
+                'pip install "jax[tpu]"'
             )
     idle = jax.device_count() - jax.sharding.get_mesh().size
     if idle and jax.default_backend() != "cpu":
+        shape = jax.sharding.get_mesh().shape
         found.append(
-            f"{idle} of {jax.device_count()} devices are idle: "
-            f"--config.mesh.data={jax.device_count()} uses all"
+            f"{idle} of {jax.device_count()} devices are idle: --config.mesh.data="
+            f"{jax.device_count() // (shape['fsdp'] * shape['tensor'])} uses more"
         )
     return found

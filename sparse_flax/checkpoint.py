@@ -276,6 +276,8 @@ class Checkpointer:
     def _failure(self, step: int, error: Exception) -> Exception:
         """Return the sentence for a write that the system refused, else `error`."""
         self._discard_writer()
+        # What Orbax leaves behind prints its own errors, once it is collected.
+        logging.getLogger("asyncio").disabled = True
         code = getattr(error, "errno", None)
         if found := re.search(r"os_error_code='(\d+)'", str(error)):  # tensorstore's
             code = int(found[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import NoReturn
 
@@ -59,6 +60,9 @@ def parse_flags(argv: list[str]) -> list[str]:
     except flags.Error as error:
         raise UserError(str(error)) from None
     except (AttributeError, KeyError, TypeError, ValueError) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if any(frame.name == "get_config" for frame in frames):
+            raise  # a mistake in the file itself, whose author needs the place
         # What ml_collections raises for an unknown option or a value of another type.
         text = str(error.args[0] if error.args else error).replace("\\n", " ")
         if "Did you mean" in text:  # ... "width" instead of "widht"?

@@ -25,6 +25,7 @@ COLUMNS = (
     "split",
     "bits_per_byte",
     "weights",
+    "windows",
     "learning_rate",
     "grad_norm",
     "tokens_per_s",
@@ -53,9 +54,9 @@ class MetricsLog:
             numbers = {k: v for k, v in values.items() if isinstance(v, float)}
             self._events.write(step, {f"{split}/{k}": v for k, v in numbers.items()})
 
-    def find(self, split: str, step: int) -> dict[str, Any] | None:
-        """Return the row of a split at a step, if there is one."""
-        same = (row["split"] == split and row["step"] == step for row in self.rows)
+    def find(self, **values: Any) -> dict[str, Any] | None:
+        """Return the first row that has these values, if there is one."""
+        same = (values.items() <= row.items() for row in self.rows)
         return next(itertools.compress(self.rows, same), None)
 
     def plot(self, path: Path, bigram: float | None = None) -> None:

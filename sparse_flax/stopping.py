@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from types import FrameType
 from typing import Any
 
@@ -22,7 +23,9 @@ class StopRequest:
         return bool(self.signal)
 
     def listen(self) -> None:
-        """Install the handlers; only the main thread may."""
+        """Install the handlers, if this is the main thread, which alone may."""
+        if threading.current_thread() is not threading.main_thread():
+            return
         self._former = {
             number: signal.signal(number, self._request)
             for number in (signal.SIGTERM, signal.SIGINT)

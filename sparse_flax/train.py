@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from sparse_flax import banner, evaluate, flops, optim, progress, sample, state
@@ -66,9 +67,7 @@ class Trainer:
                 restored = self.checkpoints.restore_latest(state.abstract(*args))
                 self.step, self.state = restored or (0, state.create(*args))
                 self.saved = self.step if restored else None
-                banner.show(
-                    say, self.config, self.model_config, self.splits, self.saved
-                )
+                banner.show(say, self.config, args[0], self.splits, self.saved)
             self.first, self.batch = self.step, None
             self.stream = batches.train_batches(
                 self.splits.train,
@@ -89,8 +88,13 @@ class Trainer:
             say(f"NOTE: {notice}")
         for change in changed:
             say(f"changed since the last run: {change}")
+        scored = batches.evaluation_windows(
+            self.splits.validation,
+            self.model_config.context,
+            self.config.eval.max_windows,
+        )
         self.bigram = bigram.bigram_bits_per_byte(
-            self.splits.train, self.splits.validation
+            self.splits.train, np.concatenate(scored)
         )
 
     # ---- The loop ------------------------------------------------------------------
@@ -119,8 +123,10 @@ class Trainer:
                 with self.clock.pause():
                     if save and self.step:
                         self.save()
-                    if check and not self.metrics.find("validation", self.step):
-                        self.evaluate()
+                    if check:
+                        self.evaluate("validation")
+                    if last:
+                        self.evaluate("test")
                     self.announce(self.checkpoints.poll())
                 if last or self.stop:
                     break
@@ -219,17 +225,21 @@ class Trainer:
         for step in steps:
             self.say(f"saved {self.workdir.checkpoints / str(step)}")
 
-    def evaluate(self) -> None:
-        """Write a validation row for the present step, unless told to stop."""
+    def evaluate(self, split: str) -> None:
+        """Write a row for the present step, if there is none; not if told to stop."""
         config, context = self.config.eval, self.model_config.context
+        data = getattr(self.splits, split)
         windows = batches.evaluation_window_count(
-            self.splits.validation.size, context, config.max_windows
+            data.size, context, config.max_windows
         )
+        row = {"split": split, "weights": config.weights, "windows": windows}
+        if self.stop or self.metrics.find(step=self.step, **row):
+            return
         model = self.state.ema if config.weights == "ema" else self.state.model
         score = evaluate.bits_per_byte(
             model,
             batches.evaluation_batches(
-                self.splits.validation,
+                data,
                 batch_size=config.batch_size,
                 context=context,
                 max_windows=config.max_windows,
@@ -242,20 +252,14 @@ class Trainer:
             return
         if not math.isfinite(score):
             self.give_up(
-                f"step {self.step:,}: the validation score is {score} bits per byte",
+                f"step {self.step:,}: the {split} score is {score} bits per byte",
                 first_not_finite(model, []),
             )
-        self.metrics.write(
-            step=self.step,
-            split="validation",
-            bits_per_byte=score,
-            weights=config.weights,
-        )
+        self.metrics.write(step=self.step, bits_per_byte=score, **row)
         self.metrics.plot(self.workdir.curve, self.bigram)
         self.say(
-            f"step {self.step:,}: validation {score:.3f} bits/byte "
-            f"({config.weights} weights, {windows:,} windows; "
-            f"a bigram table: {self.bigram:.3f})"
+            f"step {self.step:,}: {split} {score:.3f} bits/byte "
+            f"({config.weights} weights, {windows:,} windows)"
         )
 
     def finish(self) -> bool:
@@ -263,16 +267,11 @@ class Trainer:
         text = self.sample()
         if self.stop:
             return False
-        scores = [r for r in self.metrics.rows if r["split"] == "validation"]
+        self.metrics.plot(self.workdir.curve, self.bigram)
         steps = self.config.train.steps
         past = f", past train.steps={steps:,}" if self.step > steps else ""
         self.say(f"finished at step {self.step:,}{past}")
-        self.say(
-            f"validation         {scores[0]['bits_per_byte']:.3f} bits/byte at step "
-            f"{scores[0]['step']:,}, {scores[-1]['bits_per_byte']:.3f} at step "
-            f"{scores[-1]['step']:,} ({scores[-1]['weights']} weights)"
-        )
-        self.say(f"bigram table       {self.bigram:.3f} bits/byte on the same split")
+        banner.show_result(self.say, self.metrics.rows, self.bigram)
         if text:
             self.say(f"sample             {self.workdir.sample}\n{text}")
         self.say(f"checkpoint         {self.workdir.checkpoints / str(self.step)}")

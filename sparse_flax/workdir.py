@@ -38,6 +38,11 @@ class WorkDir:
         Raises:
           UserError: it cannot be written to, holds something else, or is in use.
         """
+        if "://" in str(path):
+            raise UserError(
+                f"--workdir={path} is not on a file system; name a local or mounted "
+                "folder"
+            )
         self.path = Path(path).expanduser().absolute()
         try:
             self.path.mkdir(parents=True, exist_ok=True)

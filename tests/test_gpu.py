@@ -21,7 +21,7 @@ pytestmark = pytest.mark.gpu
 @pytest.fixture(autouse=True)
 def _on_a_gpu():
     if jax.default_backend() != "gpu":
-        pytest.skip(f"needs a GPU; jax runs on {jax.default_backend()}")
+        pytest.skip("needs an NVIDIA GPU and pytest -m gpu")
 
 
 def vjp_of(pattern, implementation):

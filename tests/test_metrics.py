@@ -67,9 +67,9 @@ def test_going_on_drops_later_rows_and_a_torn_one(tmp_path, workdir):
 def test_a_row_is_found_by_split_and_step(workdir):
     metrics = log(workdir)
     metrics.write(step=1, split="train", **ROW)
-    assert metrics.find("train", 1) == metrics.rows[0]
-    assert metrics.find("train", 2) is None
-    assert metrics.find("validation", 1) is None
+    assert metrics.find(split="train", step=1) == metrics.rows[0]
+    assert metrics.find(split="train", step=2) is None
+    assert metrics.find(split="validation", step=1) is None
 
 
 def test_tensorboard_events_are_on_disk_after_each_row(tmp_path, workdir):

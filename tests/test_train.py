@@ -49,6 +49,7 @@ KEYS = [
     "split",
     "bits_per_byte",
     "weights",
+    "windows",
     "learning_rate",
     "grad_norm",
     "tokens_per_s",
@@ -230,10 +231,10 @@ def test_an_evaluation_that_was_interrupted_is_made_up_for(tmp_path, text, strai
     trainer = Trainer(tiny(text), str(workdir), say=lines.append)
     put_off = trainer.evaluate
 
-    def evaluate():
+    def evaluate(split):
         if trainer.step == 5:
             trainer.stop.signal = "SIGINT"
-        put_off()
+        put_off(split)
 
     trainer.evaluate = evaluate
     trainer.run()
@@ -277,7 +278,7 @@ def test_more_steps_go_on(copied, text):
     assert "finished at step 15" in lines
     assert untimed(copied)[: len(before)] == before
     later = [(r["step"], r["split"]) for r in rows(copied)[len(before) :]]
-    assert later == [(15, "train"), (15, "validation")]
+    assert later == [(15, "train"), (15, "validation"), (15, "test")]
 
 
 def test_fewer_steps_than_were_done_change_no_parameter(copied, text, straight):
@@ -300,7 +301,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(copied, text, str
     newest = copied / "checkpoints" / "12"
     biggest = max(newest.rglob("*"), key=lambda path: path.stat().st_size)
     data = bytearray(biggest.read_bytes())
-    data[len(data) // 2] ^= 1
+    for eighth in range(1, 8):  # a single flipped bit may lie where nothing is read
+        data[len(data) * eighth // 8] ^= 1
     biggest.write_bytes(data)
     lines = run(copied, tiny(text))
     (said,) = [line for line in lines if line.startswith("checkpoint 12 is damaged")]
@@ -414,7 +416,11 @@ def test_a_start_that_was_refused_leaves_the_folder_free(
             marks=pytest.mark.slow,
         ),
         pytest.param(
-            *(1e39, {"checkpoint.every_steps": 1}, "checkpoint 1 was not written "),
+            *(
+                1e39,
+                {"checkpoint.every_steps": 1},
+                "step 1: the loss after it is not finite",
+            ),
             marks=pytest.mark.slow,
         ),
     ],
@@ -482,6 +488,7 @@ def test_the_metrics_are_as_promised(straight, text):
         "step": 0,
         "split": "validation",
         "bits_per_byte": pytest.approx(8.0, abs=1e-5),
+        "windows": 12,
         "weights": "ema",
     }
     for row in train.values():
@@ -507,7 +514,7 @@ def test_what_is_said(straight, text):
         assert lines.count(f"saved {workdir / 'checkpoints' / str(step)}") == 1
     data = np.frombuffer(text.read_bytes(), np.uint8)
     bigram = bigram_bits_per_byte(data[:18_000], data[18_000:19_000])
-    assert f"bigram table       {bigram:.3f} bits/byte on the same split" in lines
+    assert f"bigram table       {bigram:.3f} bits/byte on the same windows" in lines
     for name in ("checkpoints/12", "metrics.jsonl", "loss.png"):
         assert any(line.endswith(f" {workdir / name}") for line in lines)
     assert lines[-1] == print_of(lines)
@@ -534,7 +541,7 @@ def test_the_working_directory_holds_what_it_should(straight, text):
     saved = json.loads((workdir / "config.json").read_text())["config"]
     assert saved["train"]["steps"] == 12
     assert saved["model"]["feed_forward"] == 64  # 0 was resolved
-    assert saved["eval"]["batch_size"] == 4
+    assert saved["eval"]["batch_size"] == 2
     sample, validation = (
         (workdir / "sample.txt").read_bytes(),
         text.read_bytes()[18000:],

@@ -6,6 +6,7 @@
 This package imports nothing else of sparse_flax, and no flax.
 
     patterns.py    who sees whom: Dense, Local, Columns, Strided, Blocks, Summaries, ...
+    parse.py       patterns from their printed form
     parts.py       the six disjoint parts that patterns are unions of, and their cores
     dispatch.py    sparse_attention and explain: checks, the pick, sharded calls
     union.py       merge: attention over a union of disjoint key sets
@@ -19,6 +20,7 @@ from sparse_flax.attention.dispatch import (
     explain,
     sparse_attention,
 )
+from sparse_flax.attention.parse import parse
 from sparse_flax.attention.patterns import (
     Blocks,
     Columns,
@@ -29,7 +31,6 @@ from sparse_flax.attention.patterns import (
     PerHead,
     Strided,
     Summaries,
-    parse,
 )
 from sparse_flax.attention.union import merge
 

@@ -16,8 +16,8 @@ from jax.sharding import PartitionSpec as P
 from sparse_flax.attention import gathered, reference
 from sparse_flax.attention.patterns import Pattern
 
-# Fastest first. A module here has attend(q, k, v, pattern, scale) -> out; to add an
-# implementation, add its module.
+# The first is picked where none is named. A module here has
+# attend(q, k, v, pattern, scale) -> out; to add an implementation, add its module.
 IMPLEMENTATIONS: dict[str, ModuleType] = {
     "gathered": gathered,
     "reference": reference,
@@ -136,7 +136,7 @@ def explain(
 def _pick(implementation: str | None) -> tuple[str, str]:
     """Return the implementation's name and the reason for it."""
     if implementation is None:
-        return "gathered", "the fastest that there is; it runs on any device"
+        return next(iter(IMPLEMENTATIONS)), "the fastest that there is, on any device"
     if implementation not in IMPLEMENTATIONS:
         near = difflib.get_close_matches(str(implementation), IMPLEMENTATIONS, 1, 0)
         raise ValueError(

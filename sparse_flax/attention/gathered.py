@@ -2,8 +2,9 @@
 
 Each core is a small dense problem; memory and compute grow with the keys that are seen,
 never with T x T. No custom gradient, so jvp and derivatives of any order work. Where a
-core's logits would pass `LOGITS`, its query rows are walked in chunks, each
-rematerialised in the backward pass.
+core's logits would pass `LOGITS`, or the rows of a causal one `ROWS`, its query rows
+are walked in chunks, each rematerialised in the backward pass. Masked pairs are
+computed too where a block holds them: about as many as are seen.
 """
 
 from __future__ import annotations
@@ -20,9 +21,13 @@ from sparse_flax.attention.patterns import Pattern
 # At most so many logits of one core exist at a time: 1 GiB in float32.
 LOGITS = 2**28
 
+# Query rows of a causal core that are walked at a time: dense attention over T tokens
+# then needs memory for ROWS * T logits, not T * T.
+ROWS = 512
+
 # Queries that one block of a window holds: fewer make poor matrix products, more
 # compute too many masked pairs.
-SMALLEST_BLOCK, LARGEST_BLOCK = 64, 512
+SMALLEST_BLOCK, LARGEST_BLOCK = 16, 512
 
 
 def attend(
@@ -75,7 +80,7 @@ def attend_parts(
 
 def _causal(core: parts.Causal, q, k, v, scale):
     j = jnp.arange(k.shape[1])
-    return _walk(q, k, v, lambda i: i[:, None] >= j + int(core.strict), scale)
+    return _walk(q, k, v, lambda i: i[:, None] >= j + int(core.strict), scale, ROWS)
 
 
 def _block_causal(core: parts.BlockCausal, q, k, v, scale):
@@ -134,10 +139,10 @@ CORES = {
 Allowed = Callable[[jax.Array], jax.Array]  # query rows [Q] -> bool [..., Q, S]
 
 
-def _walk(q, k, v, allowed: Allowed, scale):
+def _walk(q, k, v, allowed: Allowed, scale, most_rows: int = LOGITS):
     """Attend with all query rows at once or, where that is too much, in chunks."""
     B, T, H, K = q.shape
-    rows = max(LOGITS // max(B * H * k.shape[1], 1), 1)
+    rows = min(max(LOGITS // (B * H * k.shape[1]), 1), most_rows)
     if rows >= T:
         return _attend_rows(q, k, v, allowed(jnp.arange(T)), scale)
     rows = 1 << (rows.bit_length() - 1)

@@ -10,9 +10,8 @@ and `tests/test_attention.py` checks it against its mask in every implementation
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import difflib
+import math
 from typing import Any
 
 import numpy as np
@@ -239,7 +238,9 @@ class PerHead(Pattern):
     def head_period(self) -> int:
         """The least p such that heads h and h + p always see the same keys."""
         n = len(self.patterns)
-        return n * int(np.lcm.reduce([_own_period(p, n) for p in self.patterns]))
+        # A pattern repeats after so many visits, each n heads on.
+        periods = [p.head_period for p in self.patterns]
+        return n * math.lcm(*(period // math.gcd(period, n) for period in periods))
 
     def _of(self, head: int) -> Pattern:
         return self.patterns[head % len(self.patterns)]
@@ -258,69 +259,13 @@ PATTERNS = {
 }
 
 
-def parse(text: str) -> tuple[Pattern, ...]:
-    """Read one pattern, or a comma-separated cycle of them, from its printed form.
-
-    >>> parse("Columns(96), Local(96)")
-    (Columns(stride=96), Local(window=96))
-
-    Raises ValueError, in a sentence, for anything else; it evaluates no code.
-    """
-    try:
-        tree = ast.parse(text.strip(), mode="eval").body
-    except SyntaxError:
-        raise ValueError(
-            f"pattern {text!r} is not readable; write it as in 'Fixed(128, 32)' or "
-            "'Columns(96), Local(96)'"
-        ) from None
-    value = _build(tree, text)
-    patterns = value if isinstance(value, tuple) else (value,)
-    for pattern in patterns:
-        if not isinstance(pattern, Pattern):
-            raise ValueError(
-                f"pattern {text!r} holds {pattern!r}, which is no pattern; write it as "
-                "in 'Fixed(128, 32)'"
-            )
-    if not patterns:
-        raise ValueError("pattern '()' is empty; write it as in 'Fixed(128, 32)'")
-    return patterns
-
-
-def _build(node: ast.AST, text: str) -> Any:
-    """Build constants, tuples and calls of patterns; nothing else exists here."""
-    if isinstance(node, ast.Constant):
-        return node.value
-    if isinstance(node, ast.Tuple | ast.List):
-        return tuple(_build(item, text) for item in node.elts)
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-        name = node.func.id
-        if name not in PATTERNS:
-            near = difflib.get_close_matches(name, PATTERNS, 1, 0) or ["Fixed"]
-            raise ValueError(
-                f"pattern {name!r} is none of {', '.join(PATTERNS)}; did you mean "
-                f"{near[0]!r}?"
-            )
-        args = [_build(arg, text) for arg in node.args]
-        kwargs = {k.arg: _build(k.value, text) for k in node.keywords if k.arg}
-        try:
-            return PATTERNS[name](*args, **kwargs)
-        except TypeError:
-            fields = ", ".join(f.name for f in dataclasses.fields(PATTERNS[name]))
-            raise ValueError(
-                f"pattern {ast.unparse(node)} does not fit {name}({fields})"
-            ) from None
-    if isinstance(node, ast.Name) and node.id in PATTERNS:
-        raise ValueError(f"pattern {node.id!r} lacks its arguments: {node.id}(...)")
-    raise ValueError(
-        f"pattern {text!r} may hold patterns, numbers, True and False only, not "
-        f"{ast.unparse(node)!r}"
-    )
-
-
 def _positive(pattern: Pattern, *names: str) -> None:
     for name in names:
         value = getattr(pattern, name)
-        # bool is an int in Python, and True is no width.
+        # bool is an int in Python, and True is no width; NumPy's integers are none.
+        if isinstance(value, np.integer):
+            value = int(value)
+            object.__setattr__(pattern, name, value)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(
                 f"{type(pattern).__name__}: {name}={value!r} must be a whole number of "
@@ -353,8 +298,3 @@ def _in_slice(i, j, block: int, summary: int, offset: int):
     place = j % block
     low, high = block - (offset + 1) * summary, block - offset * summary
     return (j // block < i // block) & (low <= place) & (place < high)
-
-
-def _own_period(pattern: Pattern, step: int) -> int:
-    """After how many visits, each `step` heads on, `pattern` repeats."""
-    return pattern.head_period // int(np.gcd(pattern.head_period, step))

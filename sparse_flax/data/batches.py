@@ -124,6 +124,17 @@ def evaluation_window_count(size: int, context: int, max_windows: int = 0) -> in
     return min(windows, max_windows) if max_windows > 0 else windows
 
 
+def evaluation_windows(
+    data: np.ndarray, context: int, max_windows: int = 0
+) -> list[np.ndarray]:
+    """Return the windows that `evaluation_batches` scores, as views of the data."""
+    count = evaluation_window_count(data.size, context, max_windows)
+    # A selection is made among the full windows, and the whole has all of them.
+    available = max(count, data.size // context)
+    starts = (i * available // count * context for i in range(count))
+    return [data[start : start + context] for start in starts]
+
+
 def evaluation_batches(
     data: np.ndarray, *, batch_size: int, context: int, max_windows: int = 0
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -142,15 +153,11 @@ def evaluation_batches(
       What `inputs_and_targets` gives, and weights_BT: float32 [B, T], 1 for a byte of
       the data and 0 for padding.
     """
-    count = evaluation_window_count(data.size, context, max_windows)
-    # A selection is made among the full windows, and the whole has all of them.
-    available = max(count, data.size // context)
-    for first in range(0, count, batch_size):
+    windows = evaluation_windows(data, context, max_windows)
+    for first in range(0, len(windows), batch_size):
         windows_BT = np.zeros((batch_size, context), np.uint8)
         weights_BT = np.zeros((batch_size, context), np.float32)
-        for row in range(min(batch_size, count - first)):
-            start = (first + row) * available // count * context
-            window = data[start : start + context]
+        for row, window in enumerate(windows[first : first + batch_size]):
             windows_BT[row, : window.size] = window
             weights_BT[row, : window.size] = 1
         yield inputs_and_targets(windows_BT) | {"weights_BT": weights_BT}

@@ -1,11 +1,11 @@
 """Where the bytes come from: four sources, each split 90/5/5 in order."""
 
+import dataclasses
 import hashlib
 import os
 import platform
 import sysconfig
 from collections.abc import Iterable
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from sparse_flax.errors import UserError
 NAMES = ("stdlib", "enwik8", "text8", "bytes")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Splits:
     """Three consecutive pieces of one stream of bytes.
 
@@ -235,10 +235,12 @@ def _load_archive(name: str, path: str, folder: str) -> Splits:
         root = _existing(path)
         file = root if root.is_file() else archives.find(name, root)
         if file is None:
-            raise UserError(
-                f"data.path={path} is a folder without {name} or {name}.zip in it; "
-                f"give the path of the file {name} itself"
+            warning = (
+                f"WARNING: {root} is a folder without {name} or {name}.zip in it, so "
+                "all its files are read, and scores are not comparable with published "
+                "ones"
             )
+            return dataclasses.replace(_load_bytes(path), notice=warning)
     else:
         root = Path(os.path.expanduser(folder))
         file = archives.find(name, root) or archives.download(name, root)
