@@ -372,7 +372,7 @@ def test_a_dry_run_tells_what_was_changed():
 
 COMMANDS = {
     "--config=configs/cifar10.py --mode=dry_run": "59,196,928",
-    "--config=configs/quickstart.py --config.model.widht=1": 'Did you mean "width"',
+    "--config=configs/quickstart.py --config.model.widht=1": 'did you mean "width"',
     "--config=configs/quickstart.py --config.train.steps=1e3": "train.steps=1e3",
     "--config=configs/quickstart.py --nope=1": "'nope'",
     "--config=configs/nope.py --mode=dry_run": "configs/nope.py",

@@ -435,7 +435,10 @@ def test_another_file_is_announced_loudly(tmp_path, genuine):
 def test_files_that_cannot_be_enwik8(tmp_path, genuine):
     load = functools.partial(bytes.load, "enwik8")
     (tmp_path / "empty").mkdir()
-    sentence(lambda: load(str(tmp_path / "empty")), "without enwik8", "enwik8.zip")
+    sentence(lambda: load(str(tmp_path / "empty")), "holds 0 bytes")
+    (tmp_path / "empty" / "a.txt").write_bytes(genuine[:100])
+    splits = load(str(tmp_path / "empty"))  # a folder of other files serves, loudly
+    assert splits.train.size == 90 and "without enwik8" in splits.notice
     sentence(lambda: load(str(tmp_path / "no")), tmp_path / "no", "does not exist")
     packed = tmp_path / "enwik8.xz"
     packed.write_bytes(lzma.compress(genuine))

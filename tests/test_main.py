@@ -251,7 +251,7 @@ def limited(here, kilobytes, *arguments):
             8, "loss.png could not be written: File too large", marks=pytest.mark.slow
         ),
         pytest.param(
-            60, "checkpoint 4 could not be written: File too", marks=pytest.mark.slow
+            48, "checkpoint 4 could not be written: File too", marks=pytest.mark.slow
         ),
     ],
 )
