@@ -54,6 +54,12 @@ def _hushed() -> Iterator[None]:
         log.disabled, sys.unraisablehook = disabled, hook
 
 
+def _leave_out(unraisable: Any) -> None:
+    """Leave out what tensorstore's threads print after the failure of one of them."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
 def _short(error: Exception) -> str:
     text = " ".join(f"{type(error).__name__}: {error}".split())
     return str(error) if isinstance(error, _DamagedError) else text[:120]
@@ -252,6 +258,8 @@ class Checkpointer:
                 lightweight_initialize=True,  # no stop at some old damaged metadata
             )
             self._manager = ocp.CheckpointManager(self._directory, options=options)
+            if sys.unraisablehook is not _leave_out:
+                sys.unraisablehook = _leave_out
         return self._manager
 
     def _discard_writer(self) -> None:
@@ -276,8 +284,6 @@ class Checkpointer:
     def _failure(self, step: int, error: Exception) -> Exception:
         """Return the sentence for a write that the system refused, else `error`."""
         self._discard_writer()
-        # What Orbax leaves behind prints its own errors, once it is collected.
-        logging.getLogger("asyncio").disabled = True
         code = getattr(error, "errno", None)
         if found := re.search(r"os_error_code='(\d+)'", str(error)):  # tensorstore's
             code = int(found[1])
