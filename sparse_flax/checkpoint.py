@@ -7,12 +7,10 @@ checksum of the bits), and every restore is held against it.
 
 import contextlib
 import gc
-import logging
 import os
 import re
 import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from sparse_flax import integrity
+from sparse_flax import integrity, quiet
 from sparse_flax.errors import UserError
 
 
@@ -29,40 +27,10 @@ class _DamagedError(Exception):
     """A checkpoint was read, but it is not what was written."""
 
 
-def _worth_showing(record: logging.LogRecord) -> bool:
-    """Drop Orbax's chatter, and tracebacks of errors that are raised here anyway."""
-    chatter = record.levelno < logging.ERROR or record.exc_info
-    return not (chatter and f"{os.sep}orbax{os.sep}" in record.pathname)
-
-
-logging.getLogger("absl").addFilter(_worth_showing)
-
-
-@contextlib.contextmanager
-def _hushed() -> Iterator[None]:
-    """Hold back what the other reads print, a page a leaf, once one has failed.
-
-    They print from tensorstore's threads and when they are garbage collected.
-    """
-    log, hook = logging.getLogger("asyncio"), sys.unraisablehook
-    disabled = log.disabled
-    log.disabled, sys.unraisablehook = True, lambda unraisable: None
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        log.disabled, sys.unraisablehook = disabled, hook
-
-
-def _leave_out(unraisable: Any) -> None:
-    """Leave out what tensorstore's threads print after the failure of one of them."""
-    if str(unraisable.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(unraisable)
-
-
 def _short(error: Exception) -> str:
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return str(error) if isinstance(error, _DamagedError) else text[:120]
+    if isinstance(error, _DamagedError):
+        return str(error)
+    return " ".join(f"{type(error).__name__}: {error}".split())[:120]
 
 
 class Checkpointer:
@@ -172,7 +140,7 @@ class Checkpointer:
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             problem = ""
-            with _hushed():
+            with quiet.hushed():
                 try:
                     leaves = self._read(step, wanted)
                 except UserError:
@@ -258,8 +226,7 @@ class Checkpointer:
                 lightweight_initialize=True,  # no stop at some old damaged metadata
             )
             self._manager = ocp.CheckpointManager(self._directory, options=options)
-            if sys.unraisablehook is not _leave_out:
-                sys.unraisablehook = _leave_out
+            sys.unraisablehook = quiet.leave_out
         return self._manager
 
     def _discard_writer(self) -> None:
