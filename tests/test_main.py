@@ -259,10 +259,13 @@ def test_a_full_disk_is_a_sentence(here, tmp_path, straight, kilobytes, file):
     workdir = tmp_path / "run"
     # A checkpoint that is larger than the curve, where that is to fit.
     wider = ["--config.model.width=64"] if kilobytes == 60 else []
-    assert_refused(limited(here, kilobytes, f"--workdir={workdir}", *wider), file)
+    result = limited(here, kilobytes, f"--workdir={workdir}", *wider)
     if wider:
+        # Not all that tensorstore's threads print beside it can be kept off.
+        assert result.returncode == 2 and f"error: {file}" in result.stderr
         assert finish(here, f"--workdir={workdir}", *wider).returncode == 0
     else:
+        assert_refused(result, file)
         assert_same_end(here, workdir, straight)
 
 
