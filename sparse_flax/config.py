@@ -55,7 +55,7 @@ def defaults() -> ConfigDict:
                 "dropout": 0.0,  # at the end of each residual branch
                 "init": "code",  # code | paper: see model.py
                 "embedding_std": 0.0,  # of embeddings at the start; 0: as init says
-                "dtype": "bfloat16",  # bfloat16 | float32, of activations
+                "dtype": "bfloat16",  # bfloat16 | float16 | float32, of activations
                 "remat": "full",  # none | full | qkv | qkv+mlp: what is kept
                 "attention": "",  # an implementation by name; '' picks
             },
@@ -69,10 +69,12 @@ def defaults() -> ConfigDict:
                 "weight_decay": 0.01,  # decoupled, on matrices and tables
                 "clip_norm": 1.0,  # global norm of the gradient
                 "ema_decay": 0.999,  # of averaged weights, after a ramp
+                "loss_scale": 65536.0,  # of float16 at the start: see loss_scale.py
             },
             "train": {
                 "steps": 1000,
                 "batch_size": 8,  # sequences
+                "accumulate": 1,  # micro-batches that a step is split into
             },
             "eval": {
                 "every_steps": 1000,  # 0: at the end alone

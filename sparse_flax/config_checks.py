@@ -11,7 +11,7 @@ from sparse_flax.config import defaults, flatten
 from sparse_flax.errors import UserError
 from sparse_flax.model import INITS, REMAT
 
-DTYPES = ("bfloat16", "float32")
+DTYPES = ("bfloat16", "float16", "float32")
 WEIGHTS = ("ema", "raw")
 
 
@@ -29,7 +29,9 @@ def finalize(config: ConfigDict) -> tuple[ConfigDict, list[str]]:
     _check_choices(config)
     _check_model(config.model)
     _check_mesh(config)
-    config.eval.batch_size = config.eval.batch_size or config.train.batch_size
+    # As many rows as fit while training.
+    rows = config.train.batch_size // config.train.accumulate
+    config.eval.batch_size = config.eval.batch_size or rows
     sampled = config.eval.prompt_bytes + config.eval.sample_bytes
     if config.eval.sample_bytes and sampled > config.model.context:
         room = config.model.context // 2
@@ -57,6 +59,7 @@ AT_LEAST_1 = [
     "model.heads",
     "train.steps",
     "train.batch_size",
+    "train.accumulate",
     "checkpoint.keep",
     "log.every_steps",
     "mesh.data",
@@ -82,6 +85,7 @@ ABOVE_0 = [
     "optim.embedding_rate",
     "optim.epsilon",
     "optim.clip_norm",
+    "optim.loss_scale",
 ]
 FRACTIONS = ["model.dropout", "optim.beta1", "optim.beta2", "optim.ema_decay"]
 
@@ -187,6 +191,14 @@ def _check_mesh(config: ConfigDict) -> None:
                 f"{name}={value} does not divide over mesh.{by}={devices}; try "
                 f"{-(-value // unit) * unit}"
             )
+    rows, parts = config.train.batch_size, config.train.accumulate
+    if rows % (parts * copies):
+        fewer = [n for n in range(1, parts) if rows % (n * copies) == 0]
+        raise UserError(
+            f"train.accumulate={parts} does not split train.batch_size={rows} into "
+            f"equal micro-batches over mesh.data * mesh.fsdp={copies}; try "
+            f"train.accumulate={max(fewer)}"
+        )
     period = math.lcm(*(p.head_period for p in attention.parse(config.model.patterns)))
     heads, each = config.model.heads, config.model.heads // tensor
     if tensor > 1 and each % period:

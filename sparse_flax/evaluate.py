@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -13,7 +14,7 @@ import optax
 
 from sparse_flax.model import SparseTransformer
 from sparse_flax.progress import duration
-from sparse_flax.sharding import put_batch
+from sparse_flax.sharding import put_batch, split_batch
 
 Batch = dict[str, np.ndarray]
 
@@ -29,10 +30,17 @@ def _summed(model: SparseTransformer, batch: Batch) -> jax.Array:
     return jnp.sum(nats_BT * batch["weights_BT"], dtype=jnp.float32)
 
 
-def is_finite(model: SparseTransformer, batch: Batch) -> bool:
-    """Whether the cost of a training batch, on the mesh, is a finite number."""
-    weights_BT = put_batch(np.ones(batch["targets_BT"].shape, np.float32))
-    return bool(jnp.isfinite(_summed(model, {**batch, "weights_BT": weights_BT})))
+def is_finite(model: SparseTransformer, batch: Batch, parts: int = 1) -> bool:
+    """Whether the cost of a training batch is finite, in `parts` micro-batches."""
+    return bool(_is_finite(model, batch, parts))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _is_finite(model: SparseTransformer, batch: Batch, parts: int) -> jax.Array:
+    def summed(part: Batch) -> jax.Array:
+        return jnp.sum(cross_entropy(model(part["inputs_BT"]), part["targets_BT"]))
+
+    return jnp.isfinite(jax.lax.map(summed, split_batch(batch, parts))).all()
 
 
 def bits_per_byte(

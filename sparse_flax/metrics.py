@@ -28,6 +28,7 @@ COLUMNS = (
     "windows",
     "learning_rate",
     "grad_norm",
+    "loss_scale",
     "tokens_per_s",
     "mfu",
 )

@@ -40,7 +40,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from sparse_flax.attention import Pattern, sparse_attention
-from sparse_flax.sharding import activation, whole
+from sparse_flax.sharding import activation, batch_rows, whole
 
 START = 256  # the input before the first byte
 
@@ -106,10 +106,12 @@ class Block(nnx.Module):
         x_BTD: jax.Array,
         config: ModelConfig,
         pattern: Pattern,
-        key: jax.Array | None,
+        keys_B: jax.Array | None,
     ) -> jax.Array:
-        """Return the residual stream after this block; `key` None drops nothing."""
-        keys = (None, None) if key is None else jax.random.split(key)
+        """Return the residual stream after this block; `keys_B` None drops nothing."""
+        keys = (None, None)
+        if keys_B is not None:
+            keys = [_fold_in(keys_B, branch) for branch in range(2)]
         h = _norm(x_BTD, self.norm1_scale_D, self.norm1_bias_D, 1e-5)
         q_BTHK = _project("BTD,DHK->BTHK", h, self.query_DHK, self.query_bias_HK)
         k_BTHK = _project("BTD,DHK->BTHK", h, self.key_DHK, self.key_bias_HK)
@@ -157,7 +159,10 @@ class SparseTransformer(nnx.Module):
         self.config = config
 
     def __call__(
-        self, inputs_BT: jax.Array, dropout_key: jax.Array | None = None
+        self,
+        inputs_BT: jax.Array,
+        dropout_key: jax.Array | None = None,
+        rows_B: jax.Array | None = None,
     ) -> jax.Array:
         """Return logits [B, T, 256] in float32.
 
@@ -165,6 +170,8 @@ class SparseTransformer(nnx.Module):
           inputs_BT: integers; entry t is the byte before the one to be predicted at t,
             `START` (256) where there is none. T may be less than the context.
           dropout_key: a `jax.random.key`; None leaves dropout out.
+          rows_B: the rows' numbers in the whole batch, where this is only a part of it;
+            0 to B - 1 by default. A row's dropout depends on its number alone.
         """
         T = inputs_BT.shape[1]
         if self.config.context < T:
@@ -173,7 +180,11 @@ class SparseTransformer(nnx.Module):
                 f"; give {self.config.context} or fewer"
             )
         x_BTD = self.embed(inputs_BT)
-        x_BTD = self._run_blocks(x_BTD, dropout_key)
+        keys_B = None
+        if dropout_key is not None:
+            rows_B = batch_rows(inputs_BT.shape[0]) if rows_B is None else rows_B
+            keys_B = jax.vmap(jax.random.fold_in, (None, 0))(dropout_key, rows_B)
+        x_BTD = self._run_blocks(x_BTD, keys_B)
         h = _norm(x_BTD, self.norm_scale_D, self.norm_bias_D, 1e-6)
         # Float32 logits from compute-dtype operands: the sum is kept, not rounded.
         return jnp.einsum(
@@ -221,14 +232,14 @@ class SparseTransformer(nnx.Module):
             total = total + table_ND.reshape(*ones, D)
         return total.reshape(-1, D)[:T]
 
-    def _run_blocks(self, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array:
+    def _run_blocks(self, x_BTD: jax.Array, keys_B: jax.Array | None) -> jax.Array:
         """Scan over the pattern cycles, each block rematerialised on its own."""
         config, period = self.config, len(self.config.patterns)
         cycles = config.layers // period
 
-        def apply(x_BTD, block, layer, key, pattern):
-            layer_key = None if key is None else jax.random.fold_in(key, layer)
-            return block(x_BTD, config, pattern, layer_key)
+        def apply(x_BTD, block, layer, keys_B, pattern):
+            layer_keys_B = None if keys_B is None else _fold_in(keys_B, layer)
+            return block(x_BTD, config, pattern, layer_keys_B)
 
         if (kept := REMAT[config.remat]) is not None:
             apply = jax.checkpoint(
@@ -242,7 +253,7 @@ class SparseTransformer(nnx.Module):
             blocks, layers = blocks_and_layers
             for place, pattern in enumerate(config.patterns):
                 block = jax.tree.map(lambda w: w[place], blocks)  # noqa: B023
-                x_BTD = apply(x_BTD, block, layers[place], key, pattern)
+                x_BTD = apply(x_BTD, block, layers[place], keys_B, pattern)
             return x_BTD, None
 
         blocks = jax.tree.map(
@@ -284,9 +295,14 @@ def _project(equation: str, x: jax.Array, weight, bias) -> jax.Array:
     return y + bias[...].astype(x.dtype)
 
 
-def _dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zero a fraction `rate` of the entries and scale up the rest."""
-    if key is None or rate == 0:
-        return x
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape, out_sharding=activation("BTD"))
-    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+def _fold_in(keys_B: jax.Array, number: jax.Array | int) -> jax.Array:
+    return jax.vmap(jax.random.fold_in, (0, None))(keys_B, number)
+
+
+def _dropout(x_BTD: jax.Array, rate: float, keys_B: jax.Array | None) -> jax.Array:
+    """Zero a fraction `rate` of a row's entries by its own key; scale up the rest."""
+    if keys_B is None or rate == 0:
+        return x_BTD
+    shape = x_BTD.shape[1:]
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, shape))(keys_B)
+    return jnp.where(keep, x_BTD / (1 - rate), 0).astype(x_BTD.dtype)

@@ -65,7 +65,7 @@ def line(step: int, steps: int, row: dict[str, Any], seconds_left: float) -> str
         f"step {step:,}/{steps:,} ({step / steps:.1%})",
         f"{row['bits_per_byte']:.3f} bits/byte",
         f"lr {row['learning_rate']:.2e}",
-        f"grad {row['grad_norm']:.2f}",
+        "skipped" if row["grad_norm"] is None else f"grad {row['grad_norm']:.2f}",
         f"{speed / 1e3:,.1f}k tok/s" if speed >= 1e3 else f"{speed:,.0f} tok/s",
     ]
     if row["mfu"] is not None:

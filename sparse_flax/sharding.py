@@ -67,6 +67,27 @@ def put_batch(batch: Any) -> Any:
     return jax.tree.map(lambda x: jax.device_put(x, sharding), batch)
 
 
+def batch_rows(B: int) -> jax.Array:
+    """Return the row numbers of a batch, int32 [B], each on its row's device."""
+    rows_B = jnp.arange(B)
+    if jax.sharding.get_abstract_mesh().empty:
+        return rows_B
+    return jax.sharding.reshard(rows_B, P(ACTIVATION_AXES["B"]))
+
+
+def split_batch(batch: Any, parts: int) -> Any:
+    """Split the rows of arrays into micro-batches [parts, B / parts, ..].
+
+    Row i goes to micro-batch i mod parts, so that each device keeps its own rows.
+    """
+
+    def split(x: jax.Array) -> jax.Array:
+        x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:])
+        return jnp.swapaxes(x, 0, 1)
+
+    return jax.tree.map(split, batch)
+
+
 def batch_shards() -> int:
     """Return over how many pieces the mesh splits a batch; 1 without a mesh."""
     shape = jax.sharding.get_abstract_mesh().shape

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sparse_flax.loss_scale import LossScale
 from sparse_flax.model import ModelConfig, SparseTransformer
 from sparse_flax.sharding import parameter_shardings
 
@@ -23,13 +24,17 @@ class TrainState:
     model: SparseTransformer  # float32 parameters
     opt_state: Any  # of optax
     ema: SparseTransformer  # averaged parameters
+    loss_scale: LossScale  # which only float16 uses
 
 
 def create(
-    config: ModelConfig, optimizer: optax.GradientTransformation, key: jax.Array
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    loss_scale: float = 2.0**16,
 ) -> TrainState:
     """Make the state before the first step; on a mesh, each piece where it belongs."""
-    init = functools.partial(_init, config, optimizer)
+    init = functools.partial(_init, config, optimizer, loss_scale=loss_scale)
     return jax.jit(init, out_shardings=_shardings(jax.eval_shape(init, key)))(key)
 
 
@@ -45,7 +50,7 @@ def abstract(
     )
 
 
-def _init(config, optimizer, key) -> TrainState:
+def _init(config, optimizer, key, loss_scale=1.0) -> TrainState:
     model = SparseTransformer(config, key)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -53,6 +58,7 @@ def _init(config, optimizer, key) -> TrainState:
         opt_state=optimizer.init(model),
         # A copy: a buffer that is donated must not be there twice.
         ema=jax.tree.map(jnp.copy, model),
+        loss_scale=LossScale.start(loss_scale),
     )
 
 

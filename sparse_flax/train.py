@@ -65,7 +65,10 @@ class Trainer:
                 optimizer = optim.make_optimizer(self.config.optim)
                 args = self.model_config, optimizer, init_key
                 restored = self.checkpoints.restore_latest(state.abstract(*args))
-                self.step, self.state = restored or (0, state.create(*args))
+                self.step, self.state = restored or (
+                    0,
+                    state.create(*args, self.config.optim.loss_scale),
+                )
                 self.saved = self.step if restored else None
                 banner.show(say, self.config, args[0], self.splits, self.saved)
             self.first, self.batch = self.step, None
@@ -173,6 +176,11 @@ class Trainer:
                 f"byte and the gradient norm {values['grad_norm']:.3g}",
                 first_not_finite(self.state.model, values["good_gradients"]),
             )
+        if values["skipped"]:
+            self.say(
+                f"step {step:,}: skipped, because the gradient overflowed float16; the "
+                f"loss scale is {values['loss_scale']:,.0f} now"
+            )
         self.clock.tick(step)
         # Which rows there are must not depend on where the run was interrupted.
         due = step in (1, config.train.steps) or progress.is_due(
@@ -180,6 +188,7 @@ class Trainer:
         )
         if not due and step != self.first + 1:
             return
+        is_float16 = self.model_config.dtype == "float16"
         speed = self.clock.rate() * config.train.batch_size
         peak = flops.peak(self.mesh.devices.flat[0].device_kind)
         used = speed * flops.train_flops(self.model_config)
@@ -187,7 +196,8 @@ class Trainer:
             "bits_per_byte": float(values["bits_per_byte"]),
             "weights": "raw",
             "learning_rate": float(values["learning_rate"]),
-            "grad_norm": float(values["grad_norm"]),
+            "grad_norm": None if values["skipped"] else float(values["grad_norm"]),
+            "loss_scale": float(values["loss_scale"]) if is_float16 else None,
             "tokens_per_s": speed * self.model_config.context,
             "mfu": used / (peak * self.mesh.size) if peak else None,
         }
@@ -212,7 +222,9 @@ class Trainer:
         if self.saved == self.step:
             return
         # A step may be finite and still lead where the next one is not.
-        if self.batch and not evaluate.is_finite(self.state.model, self.batch):
+        if self.batch and not evaluate.is_finite(
+            self.state.model, self.batch, self.config.train.accumulate
+        ):
             self.give_up(
                 f"step {self.step:,}: the loss after it is not finite",
                 first_not_finite(self.state.model, []),

@@ -226,7 +226,7 @@ def test_a_number_that_breaks_a_rule_gets_a_sentence_whose_advice_helps(
     ("name", "value", "choices"),
     [
         ("init", "codex", ["code", "paper"]),
-        ("dtype", "float16", ["bfloat16", "float32"]),
+        ("dtype", "float8", ["bfloat16", "float32"]),
         ("remat", "some", ["none", "full", "qkv", "qkv+mlp"]),
         ("attention", "fast", ["", "gathered", "reference"]),
     ],

@@ -373,7 +373,8 @@ def test_every_branch_of_every_layer_drops_its_own_entries():
     model.blocks.out_bias_D[...] = jnp.tile(value_L1, 16)
     model.blocks.down_bias_D[...] = jnp.tile(2 * value_L1, 16)
     x_BTD = jnp.zeros((64, 16, 16))
-    sums_BTD = np.asarray(model._run_blocks(x_BTD, jax.random.key(0)))
+    keys_B = jax.random.split(jax.random.key(0), 64)
+    sums_BTD = np.asarray(model._run_blocks(x_BTD, keys_B))
     codes_BTD = np.rint(sums_BTD).astype(int)
     assert_close(sums_BTD, codes_BTD, 1e-5)  # what is kept grows by 1 / (1 - rate)
     kept = [(codes_BTD >> n & 1).ravel() for n in range(2 * L)]

@@ -11,6 +11,7 @@ from sparse_flax import config as config_lib
 from sparse_flax import optim, state
 from sparse_flax.config_checks import finalize
 from sparse_flax.data.batches import inputs_and_targets
+from sparse_flax.loss_scale import LossScale
 from sparse_flax.train_step import make_train_step
 
 
@@ -64,6 +65,7 @@ def noisy_state(step=0):
         model=model,
         opt_state=jax.tree.map(zero, shapes.opt_state),
         ema=jax.tree.map(jnp.copy, model),
+        loss_scale=LossScale.start(2.0**16),
     )
 
 
@@ -223,3 +225,19 @@ def test_flags_the_gradients_that_are_good():
     assert not all(metrics["good_gradients"])
     _, metrics = train_step()(noisy_state(), batch())
     assert all(metrics["good_gradients"])
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_micro_batches_add_up_to_the_same_step(parts):
+    """Dropout included: a row's masks depend on the row alone."""
+    config = config_lib.ConfigDict(CONFIG.to_dict())
+    config.train.accumulate = parts
+    accumulated = make_train_step(config, DROPOUT_KEY)
+    whole, split = noisy_state(), noisy_state()
+    for step in range(2):
+        whole, expected = train_step()(whole, batch(step))
+        split, metrics = accumulated(split, batch(step))
+        for name in ("bits_per_byte", "grad_norm"):
+            np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-5)
+    for name, x in to_numpy(split).items():
+        np.testing.assert_allclose(x, to_numpy(whole)[name], atol=2e-6, err_msg=name)

@@ -41,6 +41,26 @@ def configuration(patterns="PerHead((Strided(4), Fixed(4, 2, rotate=True)))"):
     return finalize(config)[0]
 
 
+@pytest.mark.slow
+def test_micro_batches_on_a_mesh_give_the_same_step():
+    scores = {}
+    for sizes, parts in (((1, 1, 1), 1), ((2, 2, 2), 2)):
+        config = configuration("Local(4)")
+        config.unlock()
+        config.train.accumulate = parts
+        optimizer = optim.make_optimizer(config.optim)
+        with jax.set_mesh(make_mesh(*sizes)):
+            now = state.create(
+                config_lib.model_config(config), optimizer, jax.random.key(0)
+            )
+            step = make_train_step(config, jax.random.key(1))
+            for _ in range(3):
+                now, values = step(now, put_batch(batch()))
+        scores[sizes] = float(values["bits_per_byte"]), float(values["grad_norm"])
+    (a, b), (c, d) = scores.values()
+    np.testing.assert_allclose([a, b], [c, d], rtol=1e-4)
+
+
 def noisy_model():
     rng = np.random.default_rng(0)
     config = config_lib.model_config(configuration())

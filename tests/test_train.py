@@ -53,6 +53,7 @@ KEYS = [
     "windows",
     "learning_rate",
     "grad_norm",
+    "loss_scale",
     "tokens_per_s",
     "mfu",
 ]
