@@ -190,6 +190,8 @@ FITS = [
     ("model.position_shape", (0, 4096), {}),
     ("train.batch_size", 9, {"mesh.data": 2, "mesh.fsdp": 2}),
     ("eval.batch_size", 2, {"mesh.data": 2, "mesh.fsdp": 2}),
+    ("train.accumulate", 3, {"train.batch_size": 8}),
+    ("train.accumulate", 4, {"train.batch_size": 8, "mesh.data": 4}),
     ("model.width", 12, {"mesh.fsdp": 8, "model.heads": 6}),
     ("model.heads", 3, {"mesh.tensor": 2, "model.width": 12}),
     ("model.feed_forward", 101, {"mesh.tensor": 4}),
