@@ -196,8 +196,8 @@ def _check_mesh(config: ConfigDict) -> None:
         fewer = [n for n in range(1, parts) if rows % (n * copies) == 0]
         raise UserError(
             f"train.accumulate={parts} does not split train.batch_size={rows} into "
-            f"equal micro-batches over mesh.data * mesh.fsdp={copies}; try "
-            f"train.accumulate={max(fewer)}"
+            f"equal micro-batches over mesh.data * mesh.fsdp={copies}; "
+            f"try {max(fewer)}"
         )
     period = math.lcm(*(p.head_period for p in attention.parse(config.model.patterns)))
     heads, each = config.model.heads, config.model.heads // tensor
