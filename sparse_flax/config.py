@@ -57,6 +57,7 @@ def defaults() -> ConfigDict:
                 "embedding_std": 0.0,  # of embeddings at the start; 0: as init says
                 "dtype": "bfloat16",  # bfloat16 | float16 | float32, of activations
                 "remat": "full",  # none | full | qkv | qkv+mlp: what is kept
+                "unroll": 1,  # cycles a turn of the loop: faster, slow to compile
                 "attention": "",  # an implementation by name; '' picks
             },
             "optim": {
@@ -129,6 +130,7 @@ def model_config(config: ConfigDict) -> ModelConfig:
         embedding_std=m.embedding_std,
         dtype=m.dtype,
         remat=m.remat,
+        unroll=m.unroll,
         implementation=m.attention or None,
     )
 

@@ -57,6 +57,7 @@ AT_LEAST_1 = [
     "model.layers",
     "model.width",
     "model.heads",
+    "model.unroll",
     "train.steps",
     "train.batch_size",
     "train.accumulate",

@@ -71,6 +71,7 @@ class ModelConfig:
     embedding_std: float = 0.0  # 0: as init says
     dtype: str = "bfloat16"  # of activations and matrix products
     remat: str = "full"
+    unroll: int = 1  # pattern cycles in one turn of the loop over layers
     implementation: str | None = None  # of attention; None picks
     vocabulary: int = 256
 
@@ -260,7 +261,7 @@ class SparseTransformer(nnx.Module):
             lambda w: w.reshape(cycles, period, *w.shape[1:]), self.blocks
         )
         layers = jnp.arange(config.layers).reshape(cycles, period)
-        x_BTD, _ = jax.lax.scan(cycle, x_BTD, (blocks, layers))
+        x_BTD, _ = jax.lax.scan(cycle, x_BTD, (blocks, layers), unroll=config.unroll)
         return x_BTD
 
 

@@ -1,0 +1,172 @@
+"""Time whole training steps: forward, backward, Adam, averaged weights.
+
+    python benchmarks/train_step.py                   # every case, on one GPU
+    python benchmarks/train_step.py --models enwik8 --patterns "Strided(128)"
+
+Each case runs in a process of its own, so that its peak of memory is its own: random
+bytes, the paper's model at full size, `--steps` steps after three to warm up. Prints a
+line a case and writes benchmarks/results/train_step.json: {hardware, versions, command,
+rows: [{model, pattern, dropout, remat, unroll, batch_size, tokens_per_s, step_ms,
+step_ms_spread, mfu, memory_gb}]}. step_ms is the median, its spread the 5th and 95th
+percentile; MFU is defined in sparse_flax/flops.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import runpy
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # so that it runs from a clone that is not installed
+RESULTS = Path(__file__).with_name("results") / "train_step.json"
+
+# (model, batch size, patterns): the paper's, and on text the other two of its table 2.
+CASES = [
+    ("enwik8", 8, "Fixed(128, 32, rotate=True)"),
+    ("enwik8", 8, "Strided(128)"),
+    ("enwik8", 8, "Dense()"),
+    ("cifar10", 32, "Columns(96), Local(96), Local(96), Local(96)"),
+    ("cifar10", 32, "Strided(96)"),
+    ("imagenet64", 8, "Local(128), Columns(128), Local(128), Local(128)"),
+]
+
+
+def main() -> None:
+    args = parse()
+    if args.case:
+        print(json.dumps(measure(args)))
+        return
+    cases = [
+        (model, args.batch_size or batch, pattern, dropout, remat)
+        for (model, batch, pattern), dropout, remat in itertools.product(
+            CASES, args.dropout, args.remat
+        )
+        if model in args.models and pattern in (args.patterns or [pattern])
+    ]
+    rows, began = [], time.monotonic()
+    for number, (model, batch, pattern, dropout, remat) in enumerate(cases):
+        named = f"{model} {pattern} dropout {dropout} remat {remat}"
+        left = (time.monotonic() - began) / max(number, 1) * (len(cases) - number)
+        eta = f" | eta {left:.0f} s" if number else ""
+        print(f"case {number + 1} of {len(cases)}: {named}{eta}", flush=True)
+        command = [sys.executable, __file__, "--case", "--models", model]
+        command += ["--patterns", pattern, "--dropout", str(dropout), "--remat", remat]
+        command += ["--batch_size", str(batch), "--steps", str(args.steps)]
+        command += ["--attention", args.attention, "--trace", args.trace]
+        command += ["--unroll", str(args.unroll)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        if done.returncode:
+            tail = done.stderr.strip().splitlines()[-1:] or ["no message"]
+            print(f"  failed: {tail[0][:300]}", flush=True)
+            continue
+        row = json.loads(done.stdout.strip().splitlines()[-1])
+        about = {key: row.pop(key) for key in ("hardware", "versions")}
+        rows.append(row)
+        print(
+            f"  {row['tokens_per_s']:,.0f} tokens/s | {row['step_ms']:.1f} ms "
+            f"({row['step_ms_spread'][0]:.1f} to {row['step_ms_spread'][1]:.1f}) | "
+            f"MFU {row['mfu']:.1%} | {row['memory_gb']:.1f} GB",
+            flush=True,
+        )
+        record = {**about, "command": " ".join(sys.argv), "rows": rows}
+        args.output.parent.mkdir(exist_ok=True, parents=True)
+        args.output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    models = sorted({model for model, *_ in CASES})
+    parser.add_argument("--models", nargs="+", default=models, choices=models)
+    parser.add_argument("--patterns", nargs="+", default=[])
+    parser.add_argument("--dropout", nargs="+", type=float, default=[0.0])
+    parser.add_argument("--remat", nargs="+", default=["none"])
+    parser.add_argument("--batch_size", type=int, default=0, help="0: each case's own")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--unroll", type=int, default=1)
+    parser.add_argument("--attention", default="", help="an implementation by name")
+    parser.add_argument("--trace", default="", help="a folder for a profile")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--case", action="store_true", help="one case, in here")
+    return parser.parse_args()
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """Run one case and return its row."""
+    import contextlib
+
+    import jax
+    import numpy as np
+
+    from sparse_flax import config as config_lib
+    from sparse_flax import flops, optim, sharding, state
+    from sparse_flax.config_checks import finalize
+    from sparse_flax.data.batches import inputs_and_targets
+    from sparse_flax.train_step import make_train_step
+
+    config = runpy.run_path(str(ROOT / "configs" / f"{args.models[0]}.py"))
+    config = config["get_config"]()
+    config.model.patterns = args.patterns[0]
+    config.model.dropout = args.dropout[0]
+    config.model.remat = args.remat[0]
+    config.model.attention = args.attention
+    config.model.unroll = args.unroll
+    config.train.batch_size = args.batch_size
+    config, _ = finalize(config)
+    model_config = config_lib.model_config(config)
+    B, T = args.batch_size, model_config.context
+    windows_BT = np.random.default_rng(0).integers(0, 256, (B, T)).astype(np.uint8)
+    with jax.set_mesh(sharding.make_mesh()):
+        batch = sharding.put_batch(inputs_and_targets(windows_BT))
+        now = state.create(
+            model_config, optim.make_optimizer(config.optim), jax.random.key(0)
+        )
+        step = make_train_step(config, jax.random.key(1)).lower(now, batch).compile()
+
+        def run(steps: int) -> list[float]:
+            nonlocal now
+            ends = []
+            for _ in range(steps):
+                now, values = step(now, batch)
+                values["bits_per_byte"].block_until_ready()
+                ends.append(time.perf_counter())
+            return ends
+
+        run(3)
+        trace = jax.profiler.trace(args.trace) if args.trace else None
+        with trace or contextlib.nullcontext():
+            ends = run(args.steps + 1)
+    step_s = np.diff(ends)
+    tokens_per_s = B * T / np.median(step_s)
+    device = jax.devices()[0]
+    peak = flops.peak(device.device_kind)
+    used = tokens_per_s / T * flops.train_flops(model_config)
+    memory = (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
+    return {
+        "model": args.models[0],
+        "pattern": config.model.patterns,
+        "dropout": config.model.dropout,
+        "remat": config.model.remat,
+        "unroll": config.model.unroll,
+        "batch_size": B,
+        "tokens_per_s": tokens_per_s,
+        "step_ms": 1e3 * np.median(step_s),
+        "step_ms_spread": list(1e3 * np.quantile(step_s, [0.05, 0.95])),
+        "mfu": used / peak if peak else 0.0,
+        "memory_gb": memory / 1e9,
+        "hardware": device.device_kind,
+        "versions": {
+            "jax": jax.__version__,
+            "platform": device.client.platform_version.splitlines()[0],
+            "python": sys.version.split()[0],
+        },
+    }
+
+
+if __name__ == "__main__":
+    main()
