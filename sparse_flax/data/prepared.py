@@ -1,0 +1,281 @@
+"""Sets that tensorflow-datasets (TFDS) has prepared, read without TensorFlow.
+
+`data.name='tfds:NAME'` takes the names that TFDS gives: NAME, NAME/CONFIG, and with
+:VERSION at the end. Only files in the array_record format can be read without
+TensorFlow, which is therefore what `prepare.py` writes.
+"""
+
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sparse_flax.data import archives
+from sparse_flax.errors import UserError
+
+PREFIX = "tfds:"
+OURS = ("enwik8", "text8", "bytes", "images")  # what `prepare.py` prepares
+
+_SHOWN = 100_000_000  # bytes that take so long to read that progress is shown
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What a set holds, in the order in which it is stored.
+
+    Attributes:
+      source: the set's full name and where it lies.
+      train: uint8 [N] of bytes, or [N, H, W, C] of images; so are the others.
+      validation: the split called validation, valid or val, else the end of train.
+      test: the split called test, else the end of train.
+      notice: empty, or a sentence that the user must see.
+    """
+
+    source: str
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+    notice: str = ""
+
+
+def read_bytes(name: str, data_dir: str = "") -> Pieces:
+    """Read a set of bytes or texts, each split joined into one array in memory.
+
+    A set has to have one feature that is a Text or a uint8 vector, or one called
+    'text'. Records that are texts are joined with a newline between them, and vectors
+    with nothing. A missing split is the last 5% of the bytes of train.
+
+    Args:
+      name: NAME, NAME/CONFIG or NAME/CONFIG:VERSION.
+      data_dir: where TFDS has its sets; '' is its default.
+
+    Raises:
+      UserError: TFDS or the set is missing, or cannot be read without TensorFlow, or
+        is damaged, larger than the memory, or not of bytes.
+    """
+    builder = _builder(name, data_dir)
+    feature = _choose(builder, "bytes or texts", _is_stream, "text")
+    between = b"\n" if builder.info.features[feature].shape == () else b""
+
+    def join(split: str) -> np.ndarray:
+        joined = bytearray()
+        for i, record in enumerate(_records(builder, split, feature)):
+            joined += (between if i else b"") + bytes(record)
+        return np.frombuffer(joined, np.uint8)
+
+    return _pieces(builder, join, "bytes", 2)
+
+
+def read_images(name: str, data_dir: str = "") -> Pieces:
+    """Read a set of images of one shape into memory.
+
+    A set has to have one feature that is a uint8 Image or Tensor of a fixed shape
+    (H, W, C), or one called 'image'. A missing split is the last 5% of the images of
+    train. Labels are not read.
+
+    Args:
+      name: as for `read_bytes`; data_dir and the errors are the same, too.
+      data_dir: where TFDS has its sets; '' is its default.
+    """
+    builder = _builder(name, data_dir)
+    feature = _choose(builder, "images of one shape", _is_image, "image")
+
+    def stack(split: str) -> np.ndarray:
+        count = builder.info.splits[split].num_examples
+        shape = builder.info.features[feature].shape
+        _fits_in_memory(builder, count * math.prod(shape))
+        images_NHWC = np.empty((count, *shape), np.uint8)
+        for i, image_HWC in enumerate(_records(builder, split, feature)):
+            images_NHWC[i] = image_HWC
+        return images_NHWC
+
+    return _pieces(builder, stack, "images", 1)
+
+
+def import_tfds() -> Any:
+    """Import TFDS, late because it takes a second, or say what to install."""
+    try:
+        import array_record  # noqa: F401
+        import tensorflow_datasets
+    except ImportError as error:
+        raise UserError(
+            f"{error.name} is not installed and 'tfds:' data need it; "
+            "pip install tensorflow-datasets array_record"
+        ) from error
+    return tensorflow_datasets
+
+
+def default_data_dir() -> str:
+    """Return the folder that TFDS uses if none is given."""
+    return import_tfds().core.constants.get_default_data_dir()
+
+
+def _builder(name: str, data_dir: str) -> Any:
+    tfds = import_tfds()
+    where = os.path.expanduser(data_dir) or default_data_dir()
+    base = name.partition("/")[0].partition(":")[0]
+    try:
+        # Not tfds.builder, which would look for code that can prepare the set.
+        builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=where)
+    except tfds.core.DatasetNotFoundError as error:
+        raise UserError(
+            f"data.name='tfds:{name}' is not prepared in {where}{_configs(where, base)}"
+            f"; {_how_to_prepare(base)}, or give the folder it is in with "
+            "--config.data.path=DIR"
+        ) from error
+    except ValueError as error:
+        raise UserError(
+            f"data.name='tfds:{name}' is no name of a set "
+            f"({str(error).splitlines()[0].rstrip('.')}); write it as "
+            "tfds:NAME, tfds:NAME/CONFIG or tfds:NAME/CONFIG:VERSION"
+        ) from error
+    formats = {
+        file_format.value for file_format in builder.info.available_file_formats()
+    }
+    if "array_record" not in formats:
+        raise UserError(
+            f"{builder.data_dir} holds {' and '.join(sorted(formats)) or 'no'} files, "
+            "and without TensorFlow only array_record can be read; convert them, with "
+            "TensorFlow installed, by `tfds convert_format "
+            f"--dataset_version_dir={builder.data_dir} --out_file_format=array_record`"
+        )
+    return builder
+
+
+def _configs(where: str, base: str) -> str:
+    """Name the other configurations of a set, which may be what was meant."""
+    folder = os.path.join(where, base)
+    found = sorted(
+        entry.name
+        for entry in (os.scandir(folder) if base and os.path.isdir(folder) else ())
+        if entry.is_dir() and not entry.name.startswith((".", "incomplete."))
+    )
+    return f" (in {folder} there is {', '.join(found)})" if found else ""
+
+
+def _how_to_prepare(base: str) -> str:
+    if base in OURS:
+        path = " --path=PATH" if base in ("bytes", "images") else ""
+        return f"prepare it by `python -m sparse_flax.data.prepare --name={base}{path}`"
+    return (
+        "if it is one of TFDS' own, prepare it, with TensorFlow installed, by "
+        f"`tfds build {base} --file_format=array_record`"
+    )
+
+
+def _is_stream(feature: Any) -> bool:
+    if not isinstance(feature, import_tfds().features.Tensor):
+        return False
+    text = feature.shape == () and feature.np_dtype in (np.object_, np.str_, np.bytes_)
+    return text or (len(feature.shape) == 1 and feature.np_dtype == np.uint8)
+
+
+def _is_image(feature: Any) -> bool:
+    features = import_tfds().features
+    return (
+        isinstance(feature, features.Tensor | features.Image)
+        and feature.np_dtype == np.uint8
+        and len(feature.shape) == 3
+        and None not in feature.shape
+    )
+
+
+def _choose(
+    builder: Any, what: str, fits: Callable[[Any], bool], preferred: str
+) -> str:
+    """Return the name of the one feature that fits, or of the preferred one."""
+    features = builder.info.features
+    # A set may also be a single feature without a name.
+    named = isinstance(features, import_tfds().features.FeaturesDict)
+    found = [name for name in features if fits(features[name])] if named else []
+    if preferred in found:
+        return preferred
+    if len(found) == 1:
+        return found[0]
+    raise UserError(
+        f"{builder.info.full_name} is not a set of {what}: of its features "
+        f"({', '.join(features) if named else 'one without a name'}) "
+        f"{', '.join(found) or 'none'} would do, and it takes exactly one or one "
+        f"called {preferred!r}; prepare your own with "
+        "`python -m sparse_flax.data.prepare`"
+    )
+
+
+def _fits_in_memory(builder: Any, size: int) -> None:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > memory:
+        raise UserError(
+            f"{builder.info.full_name} has a split of {size:,} bytes, which is read "
+            f"into memory, of which there are {memory:,}; take a smaller set or a "
+            "larger machine"
+        )
+
+
+def _records(builder: Any, split: str, feature: str) -> Iterator[Any]:
+    """Yield one feature of each record, in the order in which they are stored."""
+    size = builder.info.splits[split].num_bytes
+    _fits_in_memory(builder, size)
+    source = builder.as_data_source(split)
+    shown = size > _SHOWN
+    label = f"reading {builder.info.full_name} {split}"
+    progress = archives.Progress(label, size, sys.stderr)
+    try:
+        for record in source:
+            yield record[feature]
+            if shown:
+                progress.advance(size / len(source))
+    except ImportError as error:
+        raise UserError(
+            f"{builder.data_dir} holds what only TensorFlow can decode ({error}); "
+            "pip install tensorflow"
+        ) from error
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{builder.data_dir} is damaged ({' '.join(str(error).split())}); delete "
+            "it and prepare the set again"
+        ) from error
+    if shown:
+        progress.finish()
+
+
+def _pieces(
+    builder: Any, read: Callable[[str], np.ndarray], items: str, least: int
+) -> Pieces:
+    """Read the three splits, and carve those that the set lacks from train's end."""
+    name, splits = builder.info.full_name, builder.info.splits
+    chosen = {"train": "train" if "train" in splits else ""}
+    for piece, names in (
+        ("validation", ("validation", "valid", "val")),
+        ("test", ("test",)),
+    ):
+        chosen[piece] = next((n for n in names if n in splits), "")
+    if not chosen["train"]:
+        raise UserError(
+            f"{name} has no split called 'train', only {', '.join(splits) or 'none'}; "
+            "take another set"
+        )
+    parts = {piece: read(split) for piece, split in chosen.items() if split}
+    notices = []
+    if missing := [piece for piece in chosen if piece not in parts]:
+        train, size = parts["train"], len(parts["train"])
+        cuts = [size * 90 // 100, size * 95 // 100][-len(missing) :]
+        pieces = np.split(train, cuts)
+        parts |= dict(zip(["train", *missing], pieces, strict=True))
+        notices.append(
+            f"{name} has no split for {' and '.join(missing)}: the last "
+            f"{5 * len(missing)}% of its train split, which are not trained on, serve"
+        )
+    if unread := sorted(set(splits) - set(chosen.values())):
+        notices.append(f"{name}: not read: {', '.join(unread)}")
+    for piece, part in parts.items():
+        if len(part) < least:
+            raise UserError(
+                f"{name} has {len(part)} {items} for {piece}, and at least {least} "
+                "are needed; take a larger set"
+            )
+    source = f"tensorflow-datasets {name}, {builder.data_dir}"
+    return Pieces(source=source, **parts, notice="; ".join(notices))
