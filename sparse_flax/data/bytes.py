@@ -126,6 +126,12 @@ def _splits(
     name: str, source: str, parts: Sequence[np.ndarray], notice: str = ""
 ) -> Splits:
     """Make train, validation and test, in this order, read-only, and digest them."""
+    if min(part.size for part in parts) < 2:
+        sizes = ", ".join(f"{part.size:,}" for part in parts)
+        raise UserError(
+            f"{source} has {sizes} bytes to train, validate and test on, and 2 of each "
+            "are needed; give more data"
+        )
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         part.flags.writeable = False

@@ -98,7 +98,7 @@ def prepare(
             f"({' '.join(str(error).split())}); free some space or name another folder"
         ) from error
     read = prepared.read_images if kind == "images" else prepared.read_bytes
-    back = read(name, where)
+    back = read(name, where, carve=False)
     if not all(np.array_equal(getattr(back, split), splits[split]) for split in splits):
         what = "is already prepared, of other content" if there else "reads back wrong"
         raise UserError(

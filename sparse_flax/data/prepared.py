@@ -7,9 +7,11 @@ TensorFlow, which is therefore what `prepare.py` writes.
 
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,12 @@ from sparse_flax.errors import UserError
 PREFIX = "tfds:"
 OURS = ("enwik8", "text8", "bytes", "images")  # what `prepare.py` prepares
 
+# For each piece, what sets call the split.
+_SPLITS = {
+    "train": ("train",),
+    "validation": ("validation", "valid", "val"),
+    "test": ("test",),
+}
 _SHOWN = 100_000_000  # bytes that take so long to read that progress is shown
 
 
@@ -42,16 +50,18 @@ class Pieces:
     notice: str = ""
 
 
-def read_bytes(name: str, data_dir: str = "") -> Pieces:
+def read_bytes(name: str, data_dir: str = "", *, carve: bool = True) -> Pieces:
     """Read a set of bytes or texts, each split joined into one array in memory.
 
     A set has to have one feature that is a Text or a uint8 vector, or one called
     'text'. Records that are texts are joined with a newline between them, and vectors
-    with nothing. A missing split is the last 5% of the bytes of train.
+    with nothing between.
 
     Args:
       name: NAME, NAME/CONFIG or NAME/CONFIG:VERSION.
       data_dir: where TFDS has its sets; '' is its default.
+      carve: whether a validation or test split that is missing is the last 5% of
+        train, or both the last 10%; if not, it is empty.
 
     Raises:
       UserError: TFDS or the set is missing, or cannot be read without TensorFlow, or
@@ -67,19 +77,15 @@ def read_bytes(name: str, data_dir: str = "") -> Pieces:
             joined += (between if i else b"") + bytes(record)
         return np.frombuffer(joined, np.uint8)
 
-    return _pieces(builder, join, "bytes", 2)
+    return _pieces(builder, join, carve)
 
 
-def read_images(name: str, data_dir: str = "") -> Pieces:
+def read_images(name: str, data_dir: str = "", *, carve: bool = True) -> Pieces:
     """Read a set of images of one shape into memory.
 
     A set has to have one feature that is a uint8 Image or Tensor of a fixed shape
-    (H, W, C), or one called 'image'. A missing split is the last 5% of the images of
-    train. Labels are not read.
-
-    Args:
-      name: as for `read_bytes`; data_dir and the errors are the same, too.
-      data_dir: where TFDS has its sets; '' is its default.
+    (H, W, C), or one called 'image'. Its labels are not read. Arguments and errors are
+    those of `read_bytes`, with 5% and 10% of the images.
     """
     builder = _builder(name, data_dir)
     feature = _choose(builder, "images of one shape", _is_image, "image")
@@ -93,7 +99,7 @@ def read_images(name: str, data_dir: str = "") -> Pieces:
             images_NHWC[i] = image_HWC
         return images_NHWC
 
-    return _pieces(builder, stack, "images", 1)
+    return _pieces(builder, stack, carve)
 
 
 def import_tfds() -> Any:
@@ -115,27 +121,30 @@ def default_data_dir() -> str:
 
 
 def _builder(name: str, data_dir: str) -> Any:
+    if not re.fullmatch(r"\w+(/[\w+.-]+)?(:[\d*]+(\.[\d*]+){2})?", name):
+        raise UserError(
+            f"data.name='tfds:{name}' is no name of a set; write tfds:NAME, "
+            "tfds:NAME/CONFIG or either with :VERSION after it, as :1.0.0"
+        )
     tfds = import_tfds()
     where = os.path.expanduser(data_dir) or default_data_dir()
-    base = name.partition("/")[0].partition(":")[0]
     try:
         # Not tfds.builder, which would look for code that can prepare the set.
         builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=where)
     except tfds.core.DatasetNotFoundError as error:
+        at = f" --data_dir={data_dir}" if data_dir else ""
         raise UserError(
-            f"data.name='tfds:{name}' is not prepared in {where}{_configs(where, base)}"
-            f"; {_how_to_prepare(base)}, or give the folder it is in with "
-            "--config.data.path=DIR"
+            f"data.name='tfds:{name}' is not in {where}{_others(name, where)}; "
+            f"{_how_to_prepare(name.partition(':')[0], at)}, or give the folder it is "
+            "in with --config.data.path=DIR"
         ) from error
-    except ValueError as error:
+    # Its description may be damaged, or have features that this TFDS does not know.
+    except Exception as error:
         raise UserError(
-            f"data.name='tfds:{name}' is no name of a set "
-            f"({str(error).splitlines()[0].rstrip('.')}); write it as "
-            "tfds:NAME, tfds:NAME/CONFIG or tfds:NAME/CONFIG:VERSION"
+            f"data.name='tfds:{name}' in {where} cannot be read "
+            f"({' '.join(str(error).split())}); delete it and prepare it again"
         ) from error
-    formats = {
-        file_format.value for file_format in builder.info.available_file_formats()
-    }
+    formats = {known.value for known in builder.info.available_file_formats()}
     if "array_record" not in formats:
         raise UserError(
             f"{builder.data_dir} holds {' and '.join(sorted(formats)) or 'no'} files, "
@@ -146,24 +155,26 @@ def _builder(name: str, data_dir: str) -> Any:
     return builder
 
 
-def _configs(where: str, base: str) -> str:
-    """Name the other configurations of a set, which may be what was meant."""
-    folder = os.path.join(where, base)
+def _others(name: str, where: str) -> str:
+    """Name the configurations or versions that there are, one of which may be meant."""
+    folder = Path(where, re.split("[/:]", name)[0])
     found = sorted(
-        entry.name
-        for entry in (os.scandir(folder) if base and os.path.isdir(folder) else ())
-        if entry.is_dir() and not entry.name.startswith((".", "incomplete."))
+        path.name
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if path.is_dir() and not path.name.startswith((".", "incomplete."))
     )
     return f" (in {folder} there is {', '.join(found)})" if found else ""
 
 
-def _how_to_prepare(base: str) -> str:
-    if base in OURS:
-        path = " --path=PATH" if base in ("bytes", "images") else ""
-        return f"prepare it by `python -m sparse_flax.data.prepare --name={base}{path}`"
+def _how_to_prepare(name: str, at: str) -> str:
+    kind = name.partition("/")[0]
+    if kind in OURS:
+        path = " --path=PATH" if kind in ("bytes", "images") else ""
+        command = f"python -m sparse_flax.data.prepare --name={name}{path}{at}"
+        return f"prepare it by `{command}`"
     return (
         "if it is one of TFDS' own, prepare it, with TensorFlow installed, by "
-        f"`tfds build {base} --file_format=array_record`"
+        f"`tfds build {name} --file_format=array_record{at}`"
     )
 
 
@@ -196,12 +207,21 @@ def _choose(
         return preferred
     if len(found) == 1:
         return found[0]
+    name = builder.info.full_name
+    if (
+        not found
+        and fits is _is_stream
+        and any(map(_is_image, dict(features).values()))
+    ):
+        raise UserError(
+            f"{name} is a set of images, and only bytes and texts are trained on so "
+            "far; take another set"
+        )
     raise UserError(
-        f"{builder.info.full_name} is not a set of {what}: of its features "
+        f"{name} is not a set of {what}: one feature of the kind is needed, or one "
+        f"called {preferred!r}, and of its features "
         f"({', '.join(features) if named else 'one without a name'}) "
-        f"{', '.join(found) or 'none'} would do, and it takes exactly one or one "
-        f"called {preferred!r}; prepare your own with "
-        "`python -m sparse_flax.data.prepare`"
+        f"{', '.join(found) or 'none'} would do; take another set"
     )
 
 
@@ -242,40 +262,32 @@ def _records(builder: Any, split: str, feature: str) -> Iterator[Any]:
         progress.finish()
 
 
-def _pieces(
-    builder: Any, read: Callable[[str], np.ndarray], items: str, least: int
-) -> Pieces:
-    """Read the three splits, and carve those that the set lacks from train's end."""
+def _pieces(builder: Any, read: Callable[[str], np.ndarray], carve: bool) -> Pieces:
+    """Read the three splits, and take those that the set lacks from train's end."""
     name, splits = builder.info.full_name, builder.info.splits
-    chosen = {"train": "train" if "train" in splits else ""}
-    for piece, names in (
-        ("validation", ("validation", "valid", "val")),
-        ("test", ("test",)),
-    ):
-        chosen[piece] = next((n for n in names if n in splits), "")
+    chosen = {
+        piece: next((split for split in names if split in splits), "")
+        for piece, names in _SPLITS.items()
+    }
     if not chosen["train"]:
         raise UserError(
             f"{name} has no split called 'train', only {', '.join(splits) or 'none'}; "
             "take another set"
         )
     parts = {piece: read(split) for piece, split in chosen.items() if split}
-    notices = []
-    if missing := [piece for piece in chosen if piece not in parts]:
-        train, size = parts["train"], len(parts["train"])
-        cuts = [size * 90 // 100, size * 95 // 100][-len(missing) :]
-        pieces = np.split(train, cuts)
-        parts |= dict(zip(["train", *missing], pieces, strict=True))
+    missing = [piece for piece in chosen if piece not in parts]
+    train, notices = parts["train"], []
+    if missing and not carve:
+        parts |= dict.fromkeys(missing, train[:0])
+    elif missing:
+        percents = (90, 95)[-len(missing) :]
+        cuts = [len(train) * percent // 100 for percent in percents]
+        parts |= zip(["train", *missing], np.split(train, cuts), strict=True)
         notices.append(
-            f"{name} has no split for {' and '.join(missing)}: the last "
-            f"{5 * len(missing)}% of its train split, which are not trained on, serve"
+            f"{name} has no split for {' and '.join(missing)}, so the last "
+            f"{100 - percents[0]}% of its train split are held out for that"
         )
     if unread := sorted(set(splits) - set(chosen.values())):
-        notices.append(f"{name}: not read: {', '.join(unread)}")
-    for piece, part in parts.items():
-        if len(part) < least:
-            raise UserError(
-                f"{name} has {len(part)} {items} for {piece}, and at least {least} "
-                "are needed; take a larger set"
-            )
+        notices.append(f"{name}: not read is {', '.join(unread)}")
     source = f"tensorflow-datasets {name}, {builder.data_dir}"
     return Pieces(source=source, **parts, notice="; ".join(notices))
