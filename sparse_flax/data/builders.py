@@ -1,11 +1,13 @@
 """What tensorflow-datasets (TFDS) stores for us: bytes in order, and images.
 
 Imports TFDS at once, so import this late. Every set is written as array_record and with
-features that need no TensorFlow, and keeps the order that it is given in.
+features that need no TensorFlow, and keeps the order that it is given in. The builders
+are not registered: TFDS reads what they wrote from the files, with no need of arrays.
 """
 
 import contextlib
 import io
+import itertools
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,6 +19,8 @@ from absl import logging
 from sparse_flax.data import archives
 
 RECORD = 1 << 20  # bytes of a stream in one record
+_SHARD = 1 << 28  # bytes of a file, about
+_BATCH = 1 << 24  # bytes that are written at a time, about
 
 
 class _Arrays(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -52,6 +56,32 @@ class _Arrays(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         del dl_manager
         return {split: self._generate_examples(split) for split in self._splits}
 
+    def _download_and_prepare(
+        self, dl_manager: Any, download_config: Any = None
+    ) -> None:
+        """Write records as they come, in order.
+
+        TFDS' own way is to sort all of a split in memory, and from 1 GB on in files
+        that only TensorFlow can write.
+        """
+        del download_config
+        largest = max(self._record_size(part) for part in self._splits.values())
+        info = self._info()  # of its own, because data_dir is a temporary one just now
+        writer = tfds.core.SequentialWriter(
+            info,
+            max_examples_per_shard=-(-_SHARD // largest),
+            file_format="array_record",
+        )
+        for split, records in self._split_generators(dl_manager).items():
+            writer.initialize_splits([split])
+            # Several at a time, because each time the description is written, too.
+            several = -(-_BATCH // largest)
+            while batch := [record for _, record in itertools.islice(records, several)]:
+                writer.add_examples({split: batch})
+        writer.close_all()
+        self._progress.finish()
+        self.info.set_splits(info.splits)
+
     def write(self) -> None:
         """Write the set, unless its folder is there: whole or not at all."""
         level = logging.get_verbosity()
@@ -64,10 +94,13 @@ class _Arrays(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             logging.set_verbosity(level)
 
 
-class Bytes(_Arrays):
+class Bytes(_Arrays, skip_registration=True):
     """A stream of bytes in records of 1 MiB, the last of each split shorter."""
 
     DESCRIPTION = "A stream of bytes: the records of a split one after the other."
+
+    def _record_size(self, data: np.ndarray) -> int:
+        return min(RECORD, data.size)
 
     def _info(self) -> tfds.core.DatasetInfo:
         # As bytes, because TFDS stores a plain uint8 tensor as a list of int64.
@@ -82,19 +115,19 @@ class Bytes(_Arrays):
             self._progress.advance(record.size)
 
 
-class Enwik8(Bytes):
+class Enwik8(Bytes, skip_registration=True):
     """The first 100,000,000 bytes of a dump of the English Wikipedia."""
 
     DESCRIPTION = "The first 100,000,000 bytes of the English Wikipedia of 2006-03-03."
 
 
-class Text8(Bytes):
+class Text8(Bytes, skip_registration=True):
     """The first 100,000,000 characters of that dump's text, cleaned."""
 
     DESCRIPTION = "The first 100,000,000 characters of fil9, cleaned from Wikipedia."
 
 
-class Images(_Arrays):
+class Images(_Arrays, skip_registration=True):
     """Images of one shape, with integer labels where there are some.
 
     Args:
@@ -106,6 +139,9 @@ class Images(_Arrays):
     def __init__(self, *, labels: Mapping[str, np.ndarray], **kwargs: Any):
         self._labels = labels
         super().__init__(**kwargs)
+
+    def _record_size(self, images_NHWC: np.ndarray) -> int:
+        return images_NHWC[0].size
 
     def _info(self) -> tfds.core.DatasetInfo:
         shape_HWC = next(iter(self._splits.values())).shape[1:]

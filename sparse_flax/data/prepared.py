@@ -202,25 +202,22 @@ def _choose(
     features = builder.info.features
     # A set may also be a single feature without a name.
     named = isinstance(features, import_tfds().features.FeaturesDict)
-    found = [name for name in features if fits(features[name])] if named else []
+    names = sorted(features) if named else []
+    found = [name for name in names if fits(features[name])]
     if preferred in found:
         return preferred
     if len(found) == 1:
         return found[0]
-    name = builder.info.full_name
-    if (
-        not found
-        and fits is _is_stream
-        and any(map(_is_image, dict(features).values()))
-    ):
+    set_name = builder.info.full_name
+    if not found and fits is _is_stream and any(_is_image(features[n]) for n in names):
         raise UserError(
-            f"{name} is a set of images, and only bytes and texts are trained on so "
-            "far; take another set"
+            f"{set_name} is a set of images, and only bytes and texts are trained on "
+            "so far; take another set"
         )
     raise UserError(
-        f"{name} is not a set of {what}: one feature of the kind is needed, or one "
+        f"{set_name} is not a set of {what}: one feature of the kind is needed, or one "
         f"called {preferred!r}, and of its features "
-        f"({', '.join(features) if named else 'one without a name'}) "
+        f"({', '.join(names) or 'one without a name'}) "
         f"{', '.join(found) or 'none'} would do; take another set"
     )
 
@@ -237,7 +234,7 @@ def _fits_in_memory(builder: Any, size: int) -> None:
 
 def _records(builder: Any, split: str, feature: str) -> Iterator[Any]:
     """Yield one feature of each record, in the order in which they are stored."""
-    size = builder.info.splits[split].num_bytes
+    size = int(builder.info.splits[split].num_bytes)  # TFDS' own type, which adds less
     _fits_in_memory(builder, size)
     source = builder.as_data_source(split)
     shown = size > _SHOWN
