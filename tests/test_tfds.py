@@ -443,25 +443,28 @@ def test_the_command(tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "needed"),
+    ("argument", "needed"),
     [
-        ([], "--name is missing; use one of enwik8, text8, bytes, images"),
-        (["--name=lm1b"], "`tfds build lm1b --file_format=array_record`"),
-        (["--name=enwik8/x"], "--name=enwik8/x must be"),
-        (["--name=bytes/a.b"], "of letters, digits, _ and -"),
-        (["--name=bytes"], "data.path='' is empty"),
-        (["--nam=bytes"], "Unknown command line flag 'nam'"),
-        (["bytes"], "'bytes' is not a flag"),
+        ("--path=x", "--name is missing; use one of enwik8, text8, bytes, images"),
+        ("--nam=bytes", "Unknown command line flag 'nam'"),
+        ("bytes", "'bytes' is not a flag"),
     ],
 )
-def test_a_mistake_is_a_sentence(monkeypatch, capsys, arguments, needed):
-    monkeypatch.setattr(sys, "argv", ["prepare", *arguments])
-    monkeypatch.setattr("absl.flags.FLAGS", prepare.flags.FLAGS)
-    with pytest.raises(SystemExit) as ended:
-        prepare.entry_point()
-    assert ended.value.code == 2
-    (said,) = capsys.readouterr().err.splitlines()
+def test_a_mistake_is_a_sentence(tmp_path, argument, needed):
+    done = command(tmp_path, argument)
+    out, err = done.communicate()
+    (said,) = err.splitlines()
+    assert (done.returncode, out) == (2, "")
     assert said.startswith("error: ") and needed in said
+
+
+def test_what_cannot_be_prepared_is_a_sentence(store, tmp_path):
+    sentence(lambda: store("lm1b"), "`tfds build lm1b --file_format=array_record`")
+    sentence(lambda: store("enwik8/x"), "--name=enwik8/x must be", "try enwik8")
+    sentence(lambda: store("bytes/a.b"), "of letters, digits, _ and -")
+    sentence(lambda: store("bytes"), "--path is missing")
+    text = sentence(lambda: store("bytes", str(tmp_path / "no")), "--path=", "exist")
+    assert "data.path" not in text
 
 
 def test_interrupted_it_keeps_nothing(tmp_path):
@@ -472,7 +475,7 @@ def test_interrupted_it_keeps_nothing(tmp_path):
     running.send_signal(signal.SIGINT)
     _, err = running.communicate()
     assert running.returncode == 130
-    assert err.splitlines()[-1] == "interrupted; nothing was kept"
+    assert err.splitlines()[-1] == "interrupted; run the same command again"
     assert "Traceback" not in err
     assert list((tmp_path / "sets" / "bytes").iterdir()) == []
 

@@ -34,6 +34,7 @@ _DATA_DIR = flags.DEFINE_string(
 )
 
 _SPLITS = ("train", "validation", "test")
+_PIECE = 1 << 24  # bytes
 
 
 def prepare(
@@ -99,7 +100,7 @@ def prepare(
         ) from error
     read = prepared.read_images if kind == "images" else prepared.read_bytes
     back = read(name, where, carve=False)
-    if not all(np.array_equal(getattr(back, split), splits[split]) for split in splits):
+    if not all(_same(getattr(back, split), splits[split]) for split in splits):
         what = "is already prepared, of other content" if there else "reads back wrong"
         raise UserError(
             f"{builder.data_dir} {what}; delete it, or name another --data_dir"
@@ -113,7 +114,13 @@ def prepare(
 
 
 def _bytes(kind: str, path: str, folder: str) -> dict[str, np.ndarray]:
-    splits = bytes.load(kind, path, folder)
+    if kind == "bytes" and not path:
+        raise UserError("--path is missing; give the file or folder to store")
+    try:
+        splits = bytes.load(kind, path, folder)
+    except UserError as error:  # Our flags have other names than the trainer's.
+        text = re.sub(r"(--config\.)?\bdata\.(name|path|folder)=", r"--\2=", str(error))
+        raise UserError(text) from error
     if splits.notice:  # It would be lost with the name of the file.
         raise UserError(
             f"{splits.notice.removeprefix('WARNING: ')}; store it under a name of its "
@@ -177,6 +184,15 @@ def _array(path: Path, dtype: type, dimensions: int) -> np.ndarray:
     return array.view(np.ndarray)
 
 
+def _same(one: np.ndarray, other: np.ndarray) -> bool:
+    """Compare uint8 arrays piece by piece, because comparing makes an array, too."""
+    flat, others = one.reshape(-1), other.reshape(-1)
+    return one.shape == other.shape and all(
+        np.array_equal(flat[start : start + _PIECE], others[start : start + _PIECE])
+        for start in range(0, flat.size, _PIECE)
+    )
+
+
 def main(argv: list[str]) -> None:
     """Run with the flags given."""
     if len(argv) > 1:
@@ -202,7 +218,7 @@ def entry_point() -> None:
     except UserError as error:
         _end(2, f"error: {error}")
     except KeyboardInterrupt:
-        _end(130, "interrupted; nothing was kept")
+        _end(130, "interrupted; run the same command again")
 
 
 def _end(status: int, sentence: str) -> NoReturn:
