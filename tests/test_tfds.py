@@ -344,8 +344,8 @@ def test_sets_that_are_not_there(store, text):
     )
     sentence(
         lambda: load("tfds:lm1b"),
-        "with TensorFlow installed",
-        f"`tfds build lm1b --file_format=array_record {at}`",
+        f"tfds.builder('lm1b', data_dir='{store.folder}', file_format='array_record')",
+        "with tensorflow and",
     )
     store("bytes/mine", text)
     there = f"(in {store.folder}/bytes there is mine)"
@@ -375,7 +375,9 @@ def test_damaged_sets_and_other_formats(store, text, monkeypatch, capfd):
     description = folder / "dataset_info.json"
     info = json.loads(description.read_text())
     description.write_text(json.dumps(info | {"fileFormat": "tfrecord"}))
-    sentence(load, "tfrecord files", "without TensorFlow only array_record", "convert_")
+    sentence(
+        load, "tfrecord files", "without TensorFlow only array_record", "another folder"
+    )
     description.write_text("{")
     sentence(load, "cannot be read", "prepare it again")
     assert capfd.readouterr() == ("", "")
@@ -459,7 +461,7 @@ def test_a_mistake_is_a_sentence(tmp_path, argument, needed):
 
 
 def test_what_cannot_be_prepared_is_a_sentence(store, tmp_path):
-    sentence(lambda: store("lm1b"), "`tfds build lm1b --file_format=array_record`")
+    sentence(lambda: store("lm1b"), "is none of enwik8, ", "tfds.builder('lm1b', data_")
     sentence(lambda: store("enwik8/x"), "--name=enwik8/x must be", "try enwik8")
     sentence(lambda: store("bytes/a.b"), "of letters, digits, _ and -")
     sentence(lambda: store("bytes"), "--path is missing")

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from absl import logging
 
 from sparse_flax.data import archives
 
@@ -84,14 +83,9 @@ class _Arrays(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def write(self) -> None:
         """Write the set, unless its folder is there: whole or not at all."""
-        level = logging.get_verbosity()
-        logging.set_verbosity(logging.ERROR)  # It is a custom config: yes.
         tfds.disable_progress_bar()  # There is one of our own.
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                self.download_and_prepare()
-        finally:
-            logging.set_verbosity(level)
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.download_and_prepare()
 
 
 class Bytes(_Arrays, skip_registration=True):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 
 from sparse_flax.data import archives, bytes, prepared
 from sparse_flax.errors import UserError
@@ -61,9 +61,8 @@ def prepare(
     kind, slash, config = name.partition("/")
     if kind not in prepared.OURS:
         raise UserError(
-            f"--name={name} is none of {', '.join(prepared.OURS)}; TFDS' own sets are "
-            f"prepared, with TensorFlow installed, by `tfds build {kind} "
-            "--file_format=array_record`"
+            f"--name={name} is none of {', '.join(prepared.OURS)}; if it is one of "
+            f"TFDS' own, prepare it by {prepared.by_tensorflow(name, data_dir)}"
         )
     if slash and (kind in archives.ARCHIVES or not re.fullmatch(r"[\w-]+", config)):
         raise UserError(
@@ -204,11 +203,9 @@ def main(argv: list[str]) -> None:
 
 def _parse_flags(argv: list[str]) -> list[str]:
     try:
-        rest = flags.FLAGS(argv)
+        return flags.FLAGS(argv)
     except flags.Error as error:
         raise UserError(" ".join(str(error).split())) from None
-    logging.set_verbosity(logging.ERROR)
-    return rest
 
 
 def entry_point() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from sparse_flax import quiet  # noqa: F401, because it keeps TFDS' chatter off
 from sparse_flax.data import archives
 from sparse_flax.errors import UserError
 
@@ -132,11 +133,10 @@ def _builder(name: str, data_dir: str) -> Any:
         # Not tfds.builder, which would look for code that can prepare the set.
         builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=where)
     except tfds.core.DatasetNotFoundError as error:
-        at = f" --data_dir={data_dir}" if data_dir else ""
         raise UserError(
             f"data.name='tfds:{name}' is not in {where}{_others(name, where)}; "
-            f"{_how_to_prepare(name.partition(':')[0], at)}, or give the folder it is "
-            "in with --config.data.path=DIR"
+            f"{_how_to_prepare(name.partition(':')[0], data_dir)}, or give the folder "
+            "it is in with --config.data.path=DIR"
         ) from error
     # Its description may be damaged, or have features that this TFDS does not know.
     except Exception as error:
@@ -148,9 +148,8 @@ def _builder(name: str, data_dir: str) -> Any:
     if "array_record" not in formats:
         raise UserError(
             f"{builder.data_dir} holds {' and '.join(sorted(formats)) or 'no'} files, "
-            "and without TensorFlow only array_record can be read; convert them, with "
-            "TensorFlow installed, by `tfds convert_format "
-            f"--dataset_version_dir={builder.data_dir} --out_file_format=array_record`"
+            "and without TensorFlow only array_record can be read; prepare it in "
+            f"another folder by {by_tensorflow(name.partition(':')[0], 'DIR')}"
         )
     return builder
 
@@ -166,16 +165,27 @@ def _others(name: str, where: str) -> str:
     return f" (in {folder} there is {', '.join(found)})" if found else ""
 
 
-def _how_to_prepare(name: str, at: str) -> str:
+def by_tensorflow(name: str, data_dir: str = "") -> str:
+    """Return the command that prepares one of TFDS' own sets.
+
+    Not `tfds build`, which also wants apache_beam and mlcroissant.
+    """
+    at = f"data_dir='{data_dir}', " if data_dir else ""
+    return (
+        '`python -c "import tensorflow_datasets as tfds; '
+        f"tfds.builder('{name}', {at}file_format='array_record')"
+        '.download_and_prepare()"` with tensorflow and importlib_resources installed'
+    )
+
+
+def _how_to_prepare(name: str, data_dir: str) -> str:
     kind = name.partition("/")[0]
     if kind in OURS:
         path = " --path=PATH" if kind in ("bytes", "images") else ""
+        at = f" --data_dir={data_dir}" if data_dir else ""
         command = f"python -m sparse_flax.data.prepare --name={name}{path}{at}"
         return f"prepare it by `{command}`"
-    return (
-        "if it is one of TFDS' own, prepare it, with TensorFlow installed, by "
-        f"`tfds build {name} --file_format=array_record{at}`"
-    )
+    return f"if it is one of TFDS' own, prepare it by {by_tensorflow(name, data_dir)}"
 
 
 def _is_stream(feature: Any) -> bool:
