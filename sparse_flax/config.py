@@ -39,8 +39,8 @@ def defaults() -> ConfigDict:
         {
             "seed": 0,  # of parameters, data order and dropout
             "data": {
-                "name": "bytes",  # stdlib | enwik8 | text8 | bytes
-                "path": "",  # a file or folder; '' looks in data.folder
+                "name": "bytes",  # stdlib | enwik8 | text8 | bytes | tfds:NAME
+                "path": "",  # a file or folder; '': data.folder, of tfds: TFDS' own
                 "folder": "data",  # where downloads go and are looked for
             },
             "model": {

@@ -1,4 +1,4 @@
-"""What Orbax and tensorstore print besides what they raise, kept off the console."""
+"""What libraries print besides what they raise or return, kept off the console."""
 
 import contextlib
 import logging
@@ -8,14 +8,19 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+from absl import logging as absl_logging
+
 
 def worth_showing(record: logging.LogRecord) -> bool:
-    """Drop Orbax's chatter, and tracebacks of errors that are raised here anyway."""
+    """Drop Orbax's and TFDS' chatter, and tracebacks of errors that are raised here."""
     chatter = record.levelno < logging.ERROR or record.exc_info
-    return not (chatter and f"{os.sep}orbax{os.sep}" in record.pathname)
+    noisy = ("orbax", "tensorflow_datasets")
+    return not (
+        chatter and any(f"{os.sep}{x}{os.sep}" in record.pathname for x in noisy)
+    )
 
 
-logging.getLogger("absl").addFilter(worth_showing)
+absl_logging.get_absl_logger().addFilter(worth_showing)
 
 
 @contextlib.contextmanager

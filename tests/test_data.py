@@ -557,7 +557,7 @@ class Screen(list):
 
 def test_progress_in_a_log_is_a_line_a_tenth():
     screen = Screen(tty=False)
-    progress = archives._Progress("url", 1000, screen)
+    progress = archives.Progress("url", 1000, screen)
     for _ in range(100):
         progress.advance(10)
     progress.finish()
@@ -572,7 +572,7 @@ def test_progress_on_a_terminal_redraws_one_line(monkeypatch):
     clock = itertools.count()
     monkeypatch.setattr(archives.time, "monotonic", lambda: float(next(clock)))
     screen = Screen(tty=True)
-    progress = archives._Progress("url", 0, screen)  # The server gave no length.
+    progress = archives.Progress("url", 0, screen)  # The server gave no length.
     for _ in range(3):
         progress.advance(10)
     progress.finish()

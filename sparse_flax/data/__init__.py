@@ -2,6 +2,9 @@
 
 - `bytes.py`: reads a stream of bytes and splits it.
 - `archives.py`: finds, downloads and checks the benchmarks that `bytes.py` reads.
+- `prepare.py`: a command that stores bytes or images as tensorflow-datasets does.
+- `builders.py`: what tensorflow-datasets (TFDS) is told about such sets.
+- `prepared.py`: reads sets that TFDS has prepared, these or any others.
 - `batches.py`: cuts a stream into batches that depend on (seed, step) alone.
 - `bigram.py`: the score of a bigram table, a floor that any model should beat.
 

@@ -166,7 +166,7 @@ def _fetch(url: str, path: Path) -> str:
     digest = hashlib.sha256()
     with urllib.request.urlopen(url, timeout=_TIMEOUT) as response:
         total = int(response.headers.get("Content-Length") or 0)
-        progress = _Progress(url, total, sys.stderr)
+        progress = Progress(url, total, sys.stderr)
         with path.open("wb") as file:
             while chunk := response.read(_CHUNK // 8):
                 file.write(chunk)
@@ -178,7 +178,7 @@ def _fetch(url: str, path: Path) -> str:
     return digest.hexdigest()
 
 
-class _Progress:
+class Progress:
     """One line on a terminal, redrawn; elsewhere one line for every tenth."""
 
     def __init__(self, url: str, total: int, stream: IO[str]):
@@ -188,7 +188,8 @@ class _Progress:
         self._start = self._last_time = time.monotonic()
         self._last_done = 0
 
-    def advance(self, count: int) -> None:
+    def advance(self, count: float) -> None:
+        """Add bytes that are done, and draw the line when it is due."""
         self.done += count
         now = time.monotonic()
         if self._redraws:
@@ -200,6 +201,7 @@ class _Progress:
             self._draw("\r" if self._redraws else "\n")
 
     def finish(self) -> None:
+        """Draw the last line, unless it is there."""
         if self._redraws or self.done != self._last_done:
             self._draw("\n")
 

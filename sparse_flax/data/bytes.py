@@ -1,17 +1,17 @@
-"""Where the bytes come from: four sources, each split 90/5/5 in order."""
+"""Where the bytes come from: sources that are split 90/5/5 in order, or TFDS'."""
 
 import dataclasses
 import hashlib
 import os
 import platform
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
 
-from sparse_flax.data import archives
+from sparse_flax.data import archives, prepared
 from sparse_flax.errors import UserError
 
 NAMES = ("stdlib", "enwik8", "text8", "bytes")
@@ -19,10 +19,10 @@ NAMES = ("stdlib", "enwik8", "text8", "bytes")
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-    """Three consecutive pieces of one stream of bytes.
+    """Three consecutive pieces of one stream of bytes, or a TFDS set's own splits.
 
     Attributes:
-      name: the data set's name, one of `NAMES`.
+      name: the data set's name, one of `NAMES` or 'tfds:NAME'.
       source: the path or description of where the bytes were found.
       train: uint8 [N], the first 90%; read-only, mapped from disk where possible.
       validation: uint8 [N], the next 5%.
@@ -79,8 +79,10 @@ def load(name: str, path: str = "", folder: str = "data") -> Splits:
         else from `folder`, else downloaded into `folder`; 'bytes', the file at `path`
         or every file of the folder at `path` that is not hidden, in order of their
         paths, one after the other. A file that is itself compressed is refused; put it
-        into a folder to model its bytes all the same.
-      path: a file or folder; 'stdlib' takes none.
+        into a folder to model its bytes all the same; 'tfds:NAME', a set of bytes or
+        texts that tensorflow-datasets has prepared, as `prepared.read_bytes` reads it.
+      path: a file or folder; 'stdlib' takes none; of 'tfds:NAME' the folder that TFDS
+        has its sets in, where it is not TFDS' default.
       folder: where downloads are looked for and put.
 
     Raises:
@@ -93,13 +95,19 @@ def load(name: str, path: str = "", folder: str = "data") -> Splits:
             return _load_stdlib(path)
         if name == "bytes":
             return _load_bytes(path)
+        if name.startswith(prepared.PREFIX):
+            pieces = prepared.read_bytes(name.removeprefix(prepared.PREFIX), path)
+            three = (pieces.train, pieces.validation, pieces.test)
+            return _splits(name, pieces.source, three, pieces.notice)
     except OSError as error:
         raise UserError(
             f"{error.filename or path or folder} cannot be read "
             f"({error.strerror or error}); change its permissions or give another "
             "with --config.data.path=PATH"
         ) from error
-    raise UserError(f"data.name={name!r} is not a data set; use {', '.join(NAMES)}")
+    raise UserError(
+        f"data.name={name!r} is not a data set; use {', '.join(NAMES)}, or tfds:NAME"
+    )
 
 
 def _split(name: str, source: str, data: np.ndarray, notice: str = "") -> Splits:
@@ -109,18 +117,28 @@ def _split(name: str, source: str, data: np.ndarray, notice: str = "") -> Splits
             f"{source} holds {data.size} bytes, and its splits of 90, 5 and 5 percent "
             "need at least 2 bytes each; give at least 40 bytes"
         )
-    # Keep the mapping but drop the memmap subclass, which is slow to slice.
-    data = data.view(np.ndarray)
-    data.flags.writeable = False
     cuts = [data.size * 90 // 100, data.size * 95 // 100]
-    train, validation, test = np.split(data, cuts)
+    # Keep the mapping but drop the memmap subclass, which is slow to slice.
+    return _splits(name, source, np.split(data.view(np.ndarray), cuts), notice)
+
+
+def _splits(
+    name: str, source: str, parts: Sequence[np.ndarray], notice: str = ""
+) -> Splits:
+    """Make train, validation and test, in this order, read-only, and digest them."""
+    if min(part.size for part in parts) < 2:
+        sizes = ", ".join(f"{part.size:,}" for part in parts)
+        raise UserError(
+            f"{source} has {sizes} bytes to train, validate and test on, and 2 of each "
+            "are needed; give more data"
+        )
     digest = hashlib.blake2b(digest_size=16)
-    for part in (train, validation, test):
+    for part in parts:
+        part.flags.writeable = False
         digest.update(part.size.to_bytes(8, "little"))
         for start in range(0, part.size, _CHUNK):
             digest.update(part[start : start + _CHUNK])
-    fingerprint = digest.hexdigest()
-    return Splits(name, source, train, validation, test, fingerprint, notice)
+    return Splits(name, source, *parts, digest.hexdigest(), notice)
 
 
 def _compression(path: Path) -> str:
