@@ -348,7 +348,7 @@ def test_a_preset_of_several():
 )
 def test_a_dry_run_says_what_a_model_has_and_costs(name, preset, parameters):
     lines = []
-    dry_run.run(get_config(name, preset), say=lines.append)
+    dry_run.show_costs(finalize(get_config(name, preset))[0], say=lines.append)
     sizes = [line.split() for line in lines if " x " in line or "_D" in line]
     total = sum(int(size[-1].replace(",", "")) for size in sizes)
     assert f"parameters: {total:,}" in lines
