@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from sparse_flax import __version__, flops
+from sparse_flax import __version__, devices
 from sparse_flax.data.bytes import Splits
 from sparse_flax.model import ModelConfig, SparseTransformer, parameter_count
 
@@ -41,7 +41,7 @@ def show(
         f"devices            {mesh.size} of {jax.device_count()} x {kind} "
         f"(mesh: {shape})"
     )
-    peak = flops.peak(kind)
+    peak = devices.peak(kind)
     say(
         "peak               "
         + (

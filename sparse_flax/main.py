@@ -20,28 +20,48 @@ _MODE = flags.DEFINE_enum(
     "mode",
     "train",
     ["train", "dry_run"],
-    "train: train, or go on training. dry_run: print sizes and costs, run nothing.",
+    "train: train, or go on training. dry_run: print sizes and costs, and whether it "
+    "fits (exit status 1 if not), and run nothing.",
+)
+_DEVICE = flags.DEFINE_string(
+    "device",
+    None,
+    "For --mode=dry_run: what it has to fit, as H200 or 'TPU v5e'; by default the "
+    "accelerator that is here.",
+)
+_PROFILE = flags.DEFINE_integer(
+    "profile",
+    0,
+    "For --mode=train: write a trace of so many steps into WORKDIR/profile.",
+    lower_bound=0,
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where everything is written; runs/<config name> by default."
 )
 
 
-def main(argv: list[str]) -> None:
-    """Run the chosen mode."""
+def main(argv: list[str]) -> int:
+    """Run the chosen mode; return the exit status."""
     if len(argv) > 1:
         raise UserError(f"argument {argv[1]!r} is not a flag; write --name=value")
     if _CONFIG.value is None:
         raise UserError("--config is missing; try --config=configs/quickstart.py")
+    for name, mode in (("device", "dry_run"), ("profile", "train")):
+        if flags.FLAGS[name].value and _MODE.value != mode:
+            raise UserError(
+                f"--{name}={flags.FLAGS[name].value} does nothing in --mode="
+                f"{_MODE.value}; leave it out, or use --mode={mode}"
+            )
     # Late, so that a mistake in the flags is answered before jax is loaded.
     if _MODE.value == "dry_run":
         from sparse_flax import dry_run
 
-        dry_run.run(_CONFIG.value, say=_say)
-    else:
-        from sparse_flax.train import Trainer
+        return 0 if dry_run.run(_CONFIG.value, _DEVICE.value, say=_say) else 1
+    from sparse_flax.train import Trainer
 
-        Trainer(_CONFIG.value, _WORKDIR.value or default_workdir(), say=_say).run()
+    workdir = _WORKDIR.value or default_workdir()
+    Trainer(_CONFIG.value, workdir, profile=_PROFILE.value, say=_say).run()
+    return 0
 
 
 def default_workdir() -> str:

@@ -31,13 +31,16 @@ ACTIVATION_AXES = {"B": ("data", "fsdp"), "H": "tensor", "F": "tensor"}
 PARAMETER_AXES = {"D": "fsdp", "H": "tensor", "F": "tensor"}
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """Make the mesh from the first data * fsdp * tensor devices.
+def make_mesh(
+    data: int = 1, fsdp: int = 1, tensor: int = 1, devices: list | None = None
+) -> Mesh:
+    """Make the mesh from the first data * fsdp * tensor devices, by default of all.
 
     Raises UserError if there are fewer devices.
     """
     sizes = (data, fsdp, tensor)
-    needed, there = math.prod(sizes), jax.device_count()
+    devices = devices or jax.devices()
+    needed, there = math.prod(sizes), len(devices)
     if needed > there:
         raise UserError(
             f"mesh.data={data}, mesh.fsdp={fsdp} and mesh.tensor={tensor} need {needed}"
@@ -48,7 +51,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
         sizes,
         MESH_AXES,
         axis_types=(AxisType.Explicit,) * len(sizes),
-        devices=jax.devices()[:needed],
+        devices=devices[:needed],
     )
 
 
@@ -63,8 +66,12 @@ def put_batch(batch: Any) -> Any:
     """Place arrays whose first dimension is B on the mesh, if there is one."""
     if jax.sharding.get_abstract_mesh().empty:
         return jax.tree.map(jnp.asarray, batch)
-    sharding = NamedSharding(jax.sharding.get_mesh(), P(ACTIVATION_AXES["B"]))
-    return jax.tree.map(lambda x: jax.device_put(x, sharding), batch)
+    return jax.tree.map(lambda x: jax.device_put(x, batch_sharding()), batch)
+
+
+def batch_sharding() -> NamedSharding:
+    """Return how the mesh holds an array whose first dimension is B."""
+    return NamedSharding(jax.sharding.get_mesh(), P(ACTIVATION_AXES["B"]))
 
 
 def batch_rows(B: int) -> jax.Array:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from sparse_flax import banner, evaluate, flops, optim, progress, sample, state
+from sparse_flax import banner, devices, evaluate, flops, optim, progress, sample, state
 from sparse_flax import config as config_lib
 from sparse_flax.checkpoint import Checkpointer
 from sparse_flax.config_checks import finalize
@@ -21,6 +21,7 @@ from sparse_flax.data import bytes as byte_data
 from sparse_flax.errors import UserError
 from sparse_flax.integrity import fingerprint
 from sparse_flax.metrics import MetricsLog, first_not_finite
+from sparse_flax.profiling import Profile
 from sparse_flax.sharding import make_mesh, put_batch
 from sparse_flax.stopping import StopRequest
 from sparse_flax.train_step import make_train_step
@@ -33,9 +34,13 @@ class Trainer:
     """A run: its state and everything that it reads and writes."""
 
     def __init__(
-        self, config: ConfigDict, workdir: str, say: Callable[[str], None] = print
+        self,
+        config: ConfigDict,
+        workdir: str,
+        say: Callable[[str], None] = print,
+        profile: int = 0,
     ):
-        """Find out where the run stands, and say so.
+        """Find out where the run stands, and say so; trace `profile` steps of it.
 
         Raises:
           UserError: whatever the user can put right, in a sentence.
@@ -51,6 +56,7 @@ class Trainer:
         with contextlib.ExitStack() as opened:
             self.workdir = WorkDir(workdir)
             opened.callback(self.workdir.close)
+            self.profile = Profile(profile, self.workdir.profile, self.clock.pause, say)
             self.splits = byte_data.load(data.name, data.path, data.folder)
             changed = self.workdir.agree(self.config, self.splits)
             self.mesh = make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
@@ -114,6 +120,7 @@ class Trainer:
         train_step = None
         with jax.set_mesh(self.mesh), self.opened:
             self.opened.callback(self.stop.ignore)
+            self.opened.callback(self.profile.abandon)
             self.stop.listen()
             while not self.stop:
                 last = self.step >= steps
@@ -137,7 +144,8 @@ class Trainer:
                 if train_step is None:
                     train_step = self.compile(self.batch)
                     self.clock.start(self.step)
-                self.state, values = train_step(self.state, self.batch)
+                with self.profile.step(self.step, self.state):
+                    self.state, values = train_step(self.state, self.batch)
                 # The step before is looked at while this one runs.
                 if running:
                     self.account_for(running)
@@ -145,6 +153,7 @@ class Trainer:
                 running = {"step": self.step, **values}
             if running:
                 self.account_for(running)
+            self.profile.end(self.state)
             if self.stop:
                 self.save()
             self.announce(self.checkpoints.wait())
@@ -190,7 +199,7 @@ class Trainer:
             return
         is_float16 = self.model_config.dtype == "float16"
         speed = self.clock.rate() * config.train.batch_size
-        peak = flops.peak(self.mesh.devices.flat[0].device_kind)
+        peak = devices.peak(self.mesh.devices.flat[0].device_kind)
         used = speed * flops.train_flops(self.model_config)
         row = {
             "bits_per_byte": float(values["bits_per_byte"]),

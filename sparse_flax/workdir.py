@@ -7,6 +7,7 @@ checkpoints/       one folder a step
 damaged/           checkpoints that were set aside, never deleted
 sample.txt         the last sample, behind its prompt
 tensorboard/       event files
+profile/           what --profile traced
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ class WorkDir:
     curve = property(lambda self: self.path / "loss.png")
     sample = property(lambda self: self.path / "sample.txt")
     tensorboard = property(lambda self: self.path / "tensorboard")
+    profile = property(lambda self: self.path / "profile")
 
     def close(self) -> None:
         """Let another process in."""

@@ -344,13 +344,14 @@ def test_a_preset_of_several():
     ("name", "preset", "parameters"),
     [
         ("enwik8", "shared", "94,949,888"),
+        ("cifar10", "", "59,196,928"),
         ("imagenet64", "302m", "302,959,616"),
         ("quickstart", "", None),
     ],
 )
 def test_a_dry_run_says_what_a_model_has_and_costs(name, preset, parameters):
     lines = []
-    dry_run.run(get_config(name, preset), say=lines.append)
+    dry_run.show_costs(finalize(get_config(name, preset))[0], say=lines.append)
     sizes = [line.split() for line in lines if " x " in line or "_D" in line]
     total = sum(int(size[-1].replace(",", "")) for size in sizes)
     assert f"parameters: {total:,}" in lines
@@ -366,14 +367,15 @@ def test_a_dry_run_says_what_a_model_has_and_costs(name, preset, parameters):
 
 def test_a_dry_run_tells_what_was_changed():
     lines = []
-    dry_run.run(changed(optim__warmup_steps=5000), say=lines.append)
+    small = {"model__layers": 1, "model__width": 8, "model__context": 512}
+    dry_run.run(changed(optim__warmup_steps=5000, **small), say=lines.append)
     assert lines[0].startswith("NOTE: optim.warmup_steps=5,000")
 
 
 # ---- The command line --------------------------------------------------------------
 
 COMMANDS = {
-    "--config=configs/cifar10.py --mode=dry_run": "59,196,928",
+    "--config=configs/quickstart.py --mode=dry_run --config.model.layers=1": "276,480",
     "--config=configs/quickstart.py --config.model.widht=1": 'did you mean "width"',
     "--config=configs/quickstart.py --config.train.steps=1e3": "train.steps=1e3",
     "--config=configs/quickstart.py --nope=1": "'nope'",
@@ -416,6 +418,6 @@ def test_a_mistake_on_the_command_line_gets_one_sentence(answers, command):
 
 
 def test_a_dry_run_from_the_command_line(answers):
-    status, out, err = answers["--config=configs/cifar10.py --mode=dry_run"]
+    status, out, err = answers[next(iter(COMMANDS))]
     assert status == 0, err
-    assert "parameters: 59,196,928\n" in out
+    assert "parameters: 276,480\n" in out and "no accelerator here" in out
