@@ -104,7 +104,7 @@ def measure(args: argparse.Namespace) -> dict:
     import numpy as np
 
     from sparse_flax import config as config_lib
-    from sparse_flax import flops, optim, sharding, state
+    from sparse_flax import devices, flops, optim, sharding, state
     from sparse_flax.config_checks import finalize
     from sparse_flax.data.batches import inputs_and_targets
     from sparse_flax.train_step import make_train_step
@@ -144,7 +144,7 @@ def measure(args: argparse.Namespace) -> dict:
     step_s = np.diff(ends)
     tokens_per_s = B * T / np.median(step_s)
     device = jax.devices()[0]
-    peak = flops.peak(device.device_kind)
+    peak = devices.peak(device.device_kind)
     used = tokens_per_s / T * flops.train_flops(model_config)
     memory = (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
     return {

@@ -54,12 +54,10 @@ def _rungs(config: ConfigDict) -> Iterator[list[Changes]]:
         yield [full]
     rows = train.batch_size // (mesh.data * mesh.fsdp)
     divisors = [n for n in range(2, rows + 1) if rows % n == 0]
-    whole = {}
-    if "accumulate" in train:
-        more = [n for n in divisors if n > train.accumulate]
-        if more:
-            yield [full | {"train.accumulate": n} for n in more]
-        whole = {"train.accumulate": 1} if train.accumulate > 1 else {}
+    more = [n for n in divisors if n > train.accumulate]
+    if more:
+        yield [full | {"train.accumulate": n} for n in more]
+    whole = {"train.accumulate": 1} if train.accumulate > 1 else {}
     if divisors:
         yield [full | whole | {"train.batch_size": train.batch_size // n}
                for n in divisors]  # fmt: skip

@@ -80,7 +80,7 @@ def state_bytes(config: ConfigDict) -> dict[str, int]:
     parameters = held(shapes.model)
     return {
         "parameters": parameters,
-        "gradients": parameters * (2 if config.train.get("accumulate", 1) > 1 else 1),
+        "gradients": parameters * (2 if config.train.accumulate > 1 else 1),
         "optimizer": held(shapes.opt_state),
         "averaged weights": held(shapes.ema),
     }
@@ -140,7 +140,7 @@ def _attend_and_back(implementation, pattern, q, k, v, d_out):
 def layer_shapes(config: ConfigDict) -> list[jax.ShapeDtypeStruct]:
     """Return q, k and v as one device has them for one micro-batch of one layer."""
     m, mesh = config.model, config.mesh
-    rows = config.train.batch_size // config.train.get("accumulate", 1)
+    rows = config.train.batch_size // config.train.accumulate
     B, H = rows // (mesh.data * mesh.fsdp), m.heads // mesh.tensor
     K, V = m.qk_width // m.heads, m.width // m.heads
     return [
@@ -158,7 +158,7 @@ def least_bytes_moved(config: ConfigDict) -> dict[str, int]:
     time and no communication is counted, so a real step moves more.
     """
     parts = state_bytes(config)
-    micro_batches = config.train.get("accumulate", 1)
+    micro_batches = config.train.accumulate
     patterns = attention.parse(config.model.patterns)
     each = sum(
         attention.explain(pattern, *layer_shapes(config)).bytes for pattern in patterns

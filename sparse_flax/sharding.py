@@ -88,9 +88,13 @@ def split_batch(batch: Any, parts: int) -> Any:
     Row i goes to micro-batch i mod parts, so that each device keeps its own rows.
     """
 
+    on_mesh = not jax.sharding.get_abstract_mesh().empty
+
     def split(x: jax.Array) -> jax.Array:
-        x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:])
-        return jnp.swapaxes(x, 0, 1)
+        # Said, because a single row a micro-batch leaves it open which dimension it is.
+        rows = P(ACTIVATION_AXES["B"], *(None,) * x.ndim) if on_mesh else None
+        shape = x.shape[0] // parts, parts, *x.shape[1:]
+        return jnp.swapaxes(jnp.reshape(x, shape, out_sharding=rows), 0, 1)
 
     return jax.tree.map(split, batch)
 

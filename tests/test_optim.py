@@ -227,7 +227,7 @@ def test_flags_the_gradients_that_are_good():
     assert all(metrics["good_gradients"])
 
 
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("parts", [2, 4])  # of 4 rows: two each, and one
 def test_micro_batches_add_up_to_the_same_step(parts):
     """Dropout included: a row's masks depend on the row alone."""
     config = config_lib.ConfigDict(CONFIG.to_dict())
