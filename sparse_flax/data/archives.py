@@ -209,7 +209,7 @@ class Progress:
         rate = self.done / max(time.monotonic() - self._start, 1e-6)
         line = f"{self._label} {self.done / 1e6:.1f} MB"
         if self._total:
-            seconds = (self._total - self.done) / max(rate, 1.0)
+            seconds = max(self._total - self.done, 0) / max(rate, 1.0)
             line += f" of {self._total / 1e6:.1f}, {self.done / self._total:.0%}"
             line += f", {rate / 1e6:.1f} MB/s, {seconds:.0f} s left"
         else:
