@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -19,8 +20,16 @@ _CONFIG = config_flags.DEFINE_config_file(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "dry_run"],
-    "train: train, or go on training. dry_run: print sizes and costs, run nothing.",
+    ["train", "eval", "dry_run"],
+    "train: train, or go on training. eval: bits per byte of a run's checkpoint, by "
+    "config.eval; without --config, what the run was trained with. dry_run: print "
+    "sizes and costs, run nothing.",
+)
+_FOLLOW = flags.DEFINE_bool(
+    "follow", False, "--mode=eval: score each checkpoint, as long as the run goes on."
+)
+_CHECKPOINT_STEP = flags.DEFINE_integer(
+    "checkpoint_step", None, "--mode=eval: which checkpoint; the newest by default."
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where everything is written; runs/<config name> by default."
@@ -32,12 +41,28 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise UserError(f"argument {argv[1]!r} is not a flag; write --name=value")
     if _CONFIG.value is None:
-        raise UserError("--config is missing; try --config=configs/quickstart.py")
+        without = "; or name a run's --workdir" if _MODE.value == "eval" else ""
+        raise UserError(
+            f"--config is missing; try --config=configs/quickstart.py{without}"
+        )
+    one_step = _CHECKPOINT_STEP.value is not None
+    if _MODE.value != "eval" and (_FOLLOW.value or one_step):
+        name = "follow" if _FOLLOW.value else "checkpoint_step"
+        raise UserError(f"--{name} is of --mode=eval alone; add that or leave it out")
+    if _FOLLOW.value and one_step:
+        raise UserError(
+            "--follow scores every checkpoint and --checkpoint_step one; leave one out"
+        )
     # Late, so that a mistake in the flags is answered before jax is loaded.
     if _MODE.value == "dry_run":
         from sparse_flax import dry_run
 
         dry_run.run(_CONFIG.value, say=_say)
+    elif _MODE.value == "eval":
+        from sparse_flax.eval_run import EvalRun
+
+        run = EvalRun(_CONFIG.value, _WORKDIR.value or default_workdir(), say=_say)
+        run.follow() if _FOLLOW.value else run.run(_CHECKPOINT_STEP.value)
     else:
         from sparse_flax.train import Trainer
 
@@ -49,6 +74,21 @@ def default_workdir() -> str:
     path, _, preset = flags.FLAGS["config"].config_filename.partition(":")
     name = Path(path).stem + (f"-{preset}" if preset else "")
     return str(Path("runs") / name)
+
+
+def add_saved_config(argv: list[str]) -> list[str]:
+    """Add the run's own --config where --mode=eval names a --workdir and no config.
+
+    Before flags are parsed, because --config.eval.split=... needs a configuration.
+    """
+    given: dict[str, str] = {}
+    for flag, following in zip(argv[1:], [*argv[2:], ""], strict=True):
+        if found := re.match(r"--?(mode|workdir|config)(=|$)", flag):
+            given[found[1]] = flag[found.end() :] if found[2] else following
+    if given.get("mode") != "eval" or "config" in given or not given.get("workdir"):
+        return argv
+    file = Path(__file__).with_name("saved_config.py")
+    return [argv[0], f"--config={file}:{given['workdir']}", *argv[1:]]
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -89,6 +129,7 @@ def entry_point() -> None:
     # A sampled byte or a path that the terminal's encoding lacks is no reason to stop.
     sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        sys.argv = add_saved_config(sys.argv)  # which ml_collections reads, too
         app.run(main, flags_parser=parse_flags)
     except UserError as error:
         _end(2, f"error: {error}")

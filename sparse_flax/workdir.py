@@ -93,7 +93,6 @@ class RunFolder:
         )
 
 
-
 class WorkDir(RunFolder):
     """A folder that belongs to one run, and to one process at a time."""
 
