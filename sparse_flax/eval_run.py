@@ -1,7 +1,7 @@
 """--mode=eval: bits per byte of a run's checkpoints, also while it trains.
 
 Nothing that the run reads is written: not its lock, its metrics or its checkpoints.
-What was found is appended to eval.jsonl.
+What was found is appended to eval.jsonl; the seconds of a first row include compiling.
 """
 
 from __future__ import annotations

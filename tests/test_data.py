@@ -194,7 +194,7 @@ def test_a_few_windows_are_full_and_spread_evenly():
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 15, 16, 17, 24, 63, 100])
 @pytest.mark.parametrize("least", range(8))
 def test_with_a_minimum_of_context_every_byte_is_scored_once(size, least):
-    data = numbered(size)
+    data = np.arange(size, dtype=np.uint8)
     seen, rows = [], 0
     for batch in batches.evaluation_batches(
         data, batch_size=3, context=8, min_context=least
