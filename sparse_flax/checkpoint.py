@@ -23,12 +23,12 @@ from sparse_flax import integrity, quiet
 from sparse_flax.errors import UserError
 
 
-class _DamagedError(Exception):
-    """A checkpoint was read, but it is not what was written."""
+class DamagedError(Exception):
+    """A checkpoint is not, or not any more, what was written."""
 
 
 def _short(error: Exception) -> str:
-    if isinstance(error, _DamagedError):
+    if isinstance(error, DamagedError):
         return str(error)
     return " ".join(f"{type(error).__name__}: {error}".split())[:120]
 
@@ -132,26 +132,14 @@ class Checkpointer:
             Nothing on disk has changed then.
         """
         self._settle()
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        wanted = {
-            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or here)
-            for name, x in integrity.named_leaves(abstract_state).items()
-        }
+        wanted = _wanted(abstract_state)
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
-            problem = ""
-            with quiet.hushed():
-                try:
-                    leaves = self._read(step, wanted)
-                except UserError:
-                    raise
-                except Exception as error:  # whatever damaged files can make Orbax do
-                    problem = _short(error)
-                if problem:
-                    gc.collect()
-            if not _on_any_process(bool(problem)):
+            try:
+                leaves = self._try_to_read(step, wanted)
                 break
-            damaged[step] = problem or "unreadable on another host"
+            except DamagedError as error:
+                damaged[step] = str(error)
         else:
             if not damaged:
                 return None
@@ -170,8 +158,54 @@ class Checkpointer:
         structure = jax.tree.structure(abstract_state)
         return step, jax.tree.unflatten(structure, [leaves[name] for name in wanted])
 
-    def _read(self, step: int, wanted: dict[str, Any]) -> dict[str, jax.Array]:
-        """Return the checked leaves of one checkpoint, or raise whatever is wrong."""
+    def restore_part(self, step: int, part: str, abstract_part: Any) -> Any:
+        """Return one part of a checkpoint, such as its `ema`; change nothing on disk.
+
+        Another process may be training into the directory. Only the part is read, and
+        each of its leaves is checked.
+
+        Args:
+          step: which checkpoint.
+          part: the name of a field of the state.
+          abstract_part: that field's tree, as in `restore_latest`.
+
+        Raises:
+          DamagedError: the part is damaged, or the checkpoint was deleted meanwhile.
+          UserError: it is another model's.
+        """
+        wanted = {f"{part}.{k}": x for k, x in _wanted(abstract_part).items()}
+        leaves = self._try_to_read(step, wanted, f"{part}.")
+        structure = jax.tree.structure(abstract_part)
+        return jax.tree.unflatten(structure, [leaves[name] for name in wanted])
+
+    def _try_to_read(
+        self, step: int, wanted: dict[str, Any], prefix: str = ""
+    ) -> dict[str, jax.Array]:
+        """Do as `_read` does, but raise only UserError or, on all hosts, DamagedError.
+
+        Whatever damaged files can make Orbax raise becomes the latter.
+        """
+        problem, leaves = "", {}
+        with quiet.hushed():
+            try:
+                leaves = self._read(step, wanted, prefix)
+            except UserError:
+                raise
+            except Exception as error:
+                problem = _short(error)
+            if problem:
+                gc.collect()
+        if _on_any_process(bool(problem)):
+            raise DamagedError(problem or "unreadable on another host")
+        return leaves
+
+    def _read(
+        self, step: int, wanted: dict[str, Any], prefix: str
+    ) -> dict[str, jax.Array]:
+        """Return the checked leaves of one checkpoint, or raise whatever is wrong.
+
+        `wanted` must hold all leaves whose names begin with `prefix`.
+        """
         options = ocp.CheckpointManagerOptions(
             read_only=True, lightweight_initialize=True
         )
@@ -180,8 +214,9 @@ class Checkpointer:
             sealed = reader.restore(step, args=args).integrity
             record = sealed["leaves"]
             if sealed["seal"] != integrity.seal(step, record):
-                raise _DamagedError("the record of its leaves does not hold")
-            for name in wanted | record:
+                raise DamagedError("the record of its leaves does not hold")
+            there = {name for name in record if name.startswith(prefix)}
+            for name in [*wanted, *sorted(there - wanted.keys())]:
                 was = record[name][0] if name in record else "nothing"
                 now = integrity.describe(wanted[name]) if name in wanted else "nothing"
                 if was != now:
@@ -190,12 +225,21 @@ class Checkpointer:
                         f"has {now}; use the config that it was trained with, or a "
                         "new directory"
                     )
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
+            restore_args = jax.tree.map(
+                lambda x: ocp.ArrayRestoreArgs(
+                    sharding=x.sharding, global_shape=x.shape, dtype=x.dtype
+                ),
+                wanted,
+            )
+            part = ocp.args.PyTreeRestore(
+                wanted, restore_args=restore_args, partial_restore=bool(prefix)
+            )
+            args = ocp.args.Composite(state=part)
             leaves = reader.restore(step, args=args).state
         found, _ = integrity.record(leaves)
         for name in wanted:
             if found[name] != record[name]:
-                raise _DamagedError(f"leaf {name}: checksum differs")
+                raise DamagedError(f"leaf {name}: checksum differs")
         return leaves
 
     def _set_aside(self, step: int) -> str:
@@ -261,6 +305,15 @@ class Checkpointer:
             "checkpoints before it are untouched; put that right and run the same "
             "command again"
         )
+
+
+def _wanted(abstract_tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return what to restore by name, each with a place to go to."""
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or here)
+        for name, x in integrity.named_leaves(abstract_tree).items()
+    }
 
 
 def _on_any_process(failed: bool) -> bool:

@@ -80,8 +80,10 @@ def defaults() -> ConfigDict:
             "eval": {
                 "every_steps": 1000,  # 0: at the end alone
                 "batch_size": 0,  # 0: train.batch_size
-                "max_windows": 0,  # of the validation split; 0: all of it
+                "max_windows": 0,  # of a split, spread evenly; 0: all of it
                 "weights": "ema",  # ema | raw
+                "split": "test",  # test | validation; --mode=eval alone
+                "min_context": 0,  # bytes seen by each byte scored; --mode=eval alone
                 "prompt_bytes": 256,  # of validation text, before the sample
                 "sample_bytes": 256,  # sampled at the end; 0: none
             },

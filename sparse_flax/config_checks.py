@@ -13,6 +13,7 @@ from sparse_flax.model import INITS, REMAT
 
 DTYPES = ("bfloat16", "float16", "float32")
 WEIGHTS = ("ema", "raw")
+SPLITS = ("test", "validation")
 
 
 def finalize(config: ConfigDict) -> tuple[ConfigDict, list[str]]:
@@ -29,6 +30,12 @@ def finalize(config: ConfigDict) -> tuple[ConfigDict, list[str]]:
     _check_choices(config)
     _check_model(config.model)
     _check_mesh(config)
+    if config.eval.min_context >= config.model.context:
+        raise UserError(
+            f"eval.min_context={config.eval.min_context} must be below model.context="
+            f"{config.model.context}, which is what a window holds; try "
+            f"{config.model.context - 1}"
+        )
     # As many rows as fit while training.
     rows = config.train.batch_size // config.train.accumulate
     config.eval.batch_size = config.eval.batch_size or rows
@@ -77,6 +84,7 @@ AT_LEAST_0 = [
     "eval.every_steps",
     "eval.batch_size",
     "eval.max_windows",
+    "eval.min_context",
     "eval.prompt_bytes",
     "eval.sample_bytes",
     "checkpoint.every_steps",
@@ -120,6 +128,7 @@ def _check_choices(config: ConfigDict) -> None:
         ("model.remat", config.model.remat, tuple(REMAT)),
         ("model.attention", config.model.attention, ("", *attention.IMPLEMENTATIONS)),
         ("eval.weights", config.eval.weights, WEIGHTS),
+        ("eval.split", config.eval.split, SPLITS),
     ):
         if value not in choices:
             listed = ", ".join(repr(choice) for choice in choices)

@@ -51,10 +51,10 @@ def bits_per_byte(
     stop: object,
     say: Callable[[str], None],
 ) -> float | None:
-    """Average the cost of all bytes in `batches`, windows without overlap.
+    """Average the cost of the bytes that `batches` give a weight.
 
     A byte sees what comes before it in its own window only, so the first bytes of a
-    window cost more than they would in the middle of a longer one.
+    window cost more than those that follow: see `evaluation_batches`.
 
     Args:
       model: the weights to evaluate.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -19,25 +20,39 @@ _CONFIG = config_flags.DEFINE_config_file(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "dry_run"],
-    "train: train, or go on training. dry_run: print sizes and costs, and whether it "
-    "fits (exit status 1 if not), and run nothing.",
+    ["train", "eval", "dry_run"],
+    "train: train, or go on training. eval: bits per byte of a run's checkpoint, by "
+    "config.eval; without --config, what the run was trained with. dry_run: print "
+    "sizes and costs, and whether it fits (exit status 1 if not), and run nothing.",
+)
+_FOLLOW = flags.DEFINE_bool(
+    "follow", False, "--mode=eval: score each checkpoint, as long as the run goes on."
+)
+_CHECKPOINT_STEP = flags.DEFINE_integer(
+    "checkpoint_step", None, "--mode=eval: which checkpoint; the newest by default."
 )
 _DEVICE = flags.DEFINE_string(
     "device",
     None,
-    "For --mode=dry_run: what it has to fit, as H200 or 'TPU v5e'; by default the "
+    "--mode=dry_run: what it has to fit, as H200 or 'TPU v5e'; by default the "
     "accelerator that is here.",
 )
 _PROFILE = flags.DEFINE_integer(
     "profile",
     0,
-    "For --mode=train: write a trace of so many steps into WORKDIR/profile.",
+    "--mode=train: write a trace of so many steps into WORKDIR/profile.",
     lower_bound=0,
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where everything is written; runs/<config name> by default."
 )
+
+OF_ONE_MODE = {
+    "follow": "eval",
+    "checkpoint_step": "eval",
+    "device": "dry_run",
+    "profile": "train",
+}
 
 
 def main(argv: list[str]) -> int:
@@ -45,21 +60,35 @@ def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise UserError(f"argument {argv[1]!r} is not a flag; write --name=value")
     if _CONFIG.value is None:
-        raise UserError("--config is missing; try --config=configs/quickstart.py")
-    for name, mode in (("device", "dry_run"), ("profile", "train")):
-        if flags.FLAGS[name].value and _MODE.value != mode:
+        without = "; or name a run's --workdir" if _MODE.value == "eval" else ""
+        raise UserError(
+            f"--config is missing; try --config=configs/quickstart.py{without}"
+        )
+    for name, mode in OF_ONE_MODE.items():
+        value = flags.FLAGS[name].value
+        if value not in (None, False, 0) and _MODE.value != mode:
             raise UserError(
-                f"--{name}={flags.FLAGS[name].value} does nothing in --mode="
-                f"{_MODE.value}; leave it out, or use --mode={mode}"
+                f"--{name}={value} does nothing in --mode={_MODE.value}; leave it out, "
+                f"or use --mode={mode}"
             )
+    if _FOLLOW.value and _CHECKPOINT_STEP.value is not None:
+        raise UserError(
+            "--follow scores every checkpoint and --checkpoint_step one; leave one out"
+        )
     # Late, so that a mistake in the flags is answered before jax is loaded.
     if _MODE.value == "dry_run":
         from sparse_flax import dry_run
 
         return 0 if dry_run.run(_CONFIG.value, _DEVICE.value, say=_say) else 1
+    workdir = _WORKDIR.value or default_workdir()
+    if _MODE.value == "eval":
+        from sparse_flax.eval_run import EvalRun
+
+        run = EvalRun(_CONFIG.value, workdir, say=_say)
+        run.follow() if _FOLLOW.value else run.run(_CHECKPOINT_STEP.value)
+        return 0
     from sparse_flax.train import Trainer
 
-    workdir = _WORKDIR.value or default_workdir()
     Trainer(_CONFIG.value, workdir, profile=_PROFILE.value, say=_say).run()
     return 0
 
@@ -69,6 +98,21 @@ def default_workdir() -> str:
     path, _, preset = flags.FLAGS["config"].config_filename.partition(":")
     name = Path(path).stem + (f"-{preset}" if preset else "")
     return str(Path("runs") / name)
+
+
+def add_saved_config(argv: list[str]) -> list[str]:
+    """Add the run's own --config where --mode=eval names a --workdir and no config.
+
+    Before flags are parsed, because --config.eval.split=... needs a configuration.
+    """
+    given: dict[str, str] = {}
+    for flag, following in zip(argv[1:], [*argv[2:], ""], strict=True):
+        if found := re.match(r"--?(mode|workdir|config)(=|$)", flag):
+            given[found[1]] = flag[found.end() :] if found[2] else following
+    if given.get("mode") != "eval" or "config" in given or not given.get("workdir"):
+        return argv
+    file = Path(__file__).with_name("saved_config.py")
+    return [argv[0], f"--config={file}:{given['workdir']}", *argv[1:]]
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -109,6 +153,7 @@ def entry_point() -> None:
     # A sampled byte or a path that the terminal's encoding lacks is no reason to stop.
     sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        sys.argv = add_saved_config(sys.argv)  # which ml_collections reads, too
         app.run(main, flags_parser=parse_flags)
     except UserError as error:
         _end(2, f"error: {error}")

@@ -42,7 +42,16 @@ def abstract(
     config: ModelConfig, optimizer: optax.GradientTransformation, key: jax.Array
 ) -> TrainState:
     """Return shapes, dtypes and shardings of the state, without making it."""
-    shapes = jax.eval_shape(functools.partial(_init, config, optimizer), key)
+    return _placed(jax.eval_shape(functools.partial(_init, config, optimizer), key))
+
+
+def abstract_model(config: ModelConfig) -> SparseTransformer:
+    """Return shapes, dtypes and shardings of the parameters alone."""
+    init = functools.partial(SparseTransformer, config)
+    return _placed(jax.eval_shape(init, jax.random.key(0)))
+
+
+def _placed(shapes: Any) -> Any:
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         shapes,

@@ -21,6 +21,7 @@ from sparse_flax.data import bytes as byte_data
 from sparse_flax.errors import UserError
 from sparse_flax.integrity import fingerprint
 from sparse_flax.metrics import MetricsLog, first_not_finite
+from sparse_flax.model import SparseTransformer
 from sparse_flax.profiling import Profile
 from sparse_flax.sharding import make_mesh, put_batch
 from sparse_flax.stopping import StopRequest
@@ -246,6 +247,11 @@ class Trainer:
         for step in steps:
             self.say(f"saved {self.workdir.checkpoints / str(step)}")
 
+    def chosen_model(self) -> SparseTransformer:
+        """Return the weights that are evaluated and sampled from."""
+        ema = self.config.eval.weights == "ema"
+        return self.state.ema if ema else self.state.model
+
     def evaluate(self, split: str) -> None:
         """Write a row for the present step, if there is none; not if told to stop."""
         config, context = self.config.eval, self.model_config.context
@@ -256,7 +262,7 @@ class Trainer:
         row = {"split": split, "weights": config.weights, "windows": windows}
         if self.stop or self.metrics.find(step=self.step, **row):
             return
-        model = self.state.ema if config.weights == "ema" else self.state.model
+        model = self.chosen_model()
         score = evaluate.bits_per_byte(
             model,
             batches.evaluation_batches(
@@ -308,7 +314,7 @@ class Trainer:
             return ""
         prompt = self.splits.validation[: config.prompt_bytes].tobytes()
         sampled = sample.continue_text(
-            self.state.ema if config.weights == "ema" else self.state.model,
+            self.chosen_model(),
             prompt,
             config.sample_bytes,
             seed=self.config.seed,

@@ -2,6 +2,7 @@
 
 config.json        the configuration and the identity of the data
 metrics.jsonl      one row a line
+eval.jsonl         what --mode=eval found, one row a line
 loss.png           the curve
 checkpoints/       one folder a step
 damaged/           checkpoints that were set aside, never deleted
@@ -30,7 +31,71 @@ from sparse_flax.errors import UserError
 FORMAT = "sparse_flax run"
 
 
-class WorkDir:
+class RunFolder:
+    """The folder of a run, for a process that does not train in it."""
+
+    def __init__(self, path: Path | str):
+        """Find the run.
+
+        Raises:
+          UserError: there is none.
+        """
+        self.path = _local(path)
+        if self.saved() is None:
+            raise UserError(
+                f"--workdir={path} holds no run (no config.json); name the folder of "
+                "one, or train first"
+            )
+
+    checkpoints = property(lambda self: self.path / "checkpoints")
+    metrics = property(lambda self: self.path / "metrics.jsonl")
+    evaluations = property(lambda self: self.path / "eval.jsonl")
+    curve = property(lambda self: self.path / "loss.png")
+    sample = property(lambda self: self.path / "sample.txt")
+    tensorboard = property(lambda self: self.path / "tensorboard")
+    profile = property(lambda self: self.path / "profile")
+
+    def agree(self, config: ConfigDict, splits: Splits) -> list[str]:
+        """Check that this configuration may go on with the run.
+
+        Returns a line for each option that changed.
+
+        Raises:
+          UserError: it changes parameter shapes or the order of the data.
+        """
+        saved = self.saved()
+        if saved is None:
+            return []
+        before = saved["data"]
+        lines = config_lib.changes(saved["config"], config)
+        if before["fingerprint"] != splits.fingerprint:
+            raise UserError(
+                f"the data are {splits.source} ({_describe(identity(splits))}), but "
+                f"the run in this working directory has read {before['source']} "
+                f"({_describe(before)}); give it the same bytes, or another --workdir"
+            )
+        if before["source"] != splits.source:
+            lines.append(f"data: {before['source']} -> {splits.source}, same bytes")
+        return lines
+
+    def saved(self) -> dict[str, Any] | None:
+        """Return what `WorkDir.save_config` wrote; None if nothing yet."""
+        path = self.path / "config.json"
+        if not path.exists():
+            return None
+        try:
+            record = json.loads(path.read_text())
+            if record["format"] == FORMAT and {"data", "config"} <= record.keys():
+                return record
+        except (ValueError, KeyError, TypeError):
+            pass
+        raise UserError(
+            f"{path} is not the configuration of a sparse_flax run; name an empty or a "
+            "new folder with --workdir"
+        )
+
+
+class WorkDir(RunFolder):
     """A folder that belongs to one run, and to one process at a time."""
 
     def __init__(self, path: Path | str):
@@ -39,12 +104,7 @@ class WorkDir:
         Raises:
           UserError: it cannot be written to, holds something else, or is in use.
         """
-        if "://" in str(path):
-            raise UserError(
-                f"--workdir={path} is not on a file system; name a local or mounted "
-                "folder"
-            )
-        self.path = Path(path).expanduser().absolute()
+        self.path = _local(path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             entries = {entry.name for entry in self.path.iterdir()}
@@ -55,7 +115,7 @@ class WorkDir:
                     f"{min(entries)!r}, and no config.json of a run; name an empty or "
                     "a new folder"
                 )
-            self._read_config()
+            self.saved()
             self._lock = open(self.path / "lock", "a")  # noqa: SIM115 (held for life)
         except OSError as error:
             raise UserError(
@@ -72,39 +132,9 @@ class WorkDir:
         except OSError:
             pass  # a file system without locks
 
-    checkpoints = property(lambda self: self.path / "checkpoints")
-    metrics = property(lambda self: self.path / "metrics.jsonl")
-    curve = property(lambda self: self.path / "loss.png")
-    sample = property(lambda self: self.path / "sample.txt")
-    tensorboard = property(lambda self: self.path / "tensorboard")
-    profile = property(lambda self: self.path / "profile")
-
     def close(self) -> None:
         """Let another process in."""
         self._lock.close()
-
-    def agree(self, config: ConfigDict, splits: Splits) -> list[str]:
-        """Check that this configuration may go on with the run.
-
-        Returns a line for each option that changed.
-
-        Raises:
-          UserError: it changes parameter shapes or the order of the data.
-        """
-        saved = self._read_config()
-        if saved is None:
-            return []
-        before = saved["data"]
-        lines = config_lib.changes(saved["config"], config)
-        if before["fingerprint"] != splits.fingerprint:
-            raise UserError(
-                f"the data are {splits.source} ({_describe(identity(splits))}), but "
-                f"the run in this working directory has read {before['source']} "
-                f"({_describe(before)}); give it the same bytes, or another --workdir"
-            )
-        if before["source"] != splits.source:
-            lines.append(f"data: {before['source']} -> {splits.source}, same bytes")
-        return lines
 
     def save_config(self, config: ConfigDict, splits: Splits) -> None:
         """Write down what the next run has to agree with."""
@@ -116,21 +146,6 @@ class WorkDir:
         }
         write_atomically(
             self.path / "config.json", json.dumps(record, indent=2).encode() + b"\n"
-        )
-
-    def _read_config(self) -> dict[str, Any] | None:
-        path = self.path / "config.json"
-        if not path.exists():
-            return None
-        try:
-            record = json.loads(path.read_text())
-            if record["format"] == FORMAT and {"data", "config"} <= record.keys():
-                return record
-        except (ValueError, KeyError, TypeError):
-            pass
-        raise UserError(
-            f"{path} is not the configuration of a sparse_flax run; name an empty or a "
-            "new folder with --workdir"
         )
 
 
@@ -167,6 +182,14 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+
+
+def _local(path: Path | str) -> Path:
+    if "://" in str(path):
+        raise UserError(
+            f"--workdir={path} is not on a file system; name a local or mounted folder"
+        )
+    return Path(path).expanduser().absolute()
 
 
 def _describe(data: dict[str, Any]) -> str:

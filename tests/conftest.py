@@ -1,5 +1,6 @@
 """Every test sees eight CPU devices, unless it asks for a GPU (`pytest -m gpu`)."""
 
+import functools
 import os
 import sys
 
@@ -16,3 +17,20 @@ if not _wants_gpu():
     if "xla_force_host_platform_device_count" not in flags:
         count = "--xla_force_host_platform_device_count=8"
         os.environ["XLA_FLAGS"] = f"{flags} {count}".strip()
+
+
+@functools.cache
+def noisy_model(config):
+    """Return a SparseTransformer of the config whose every parameter is noise."""
+    # Late, because what is set above must come before jax.
+    import jax
+    import numpy as np
+
+    from sparse_flax.model import SparseTransformer
+
+    rng = np.random.default_rng(0)
+    make = functools.partial(SparseTransformer, config)
+    return jax.tree.map(
+        lambda x: (0.4 * rng.normal(size=x.shape)).astype(np.float32),
+        jax.eval_shape(make, jax.random.key(0)),
+    )

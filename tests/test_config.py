@@ -164,6 +164,8 @@ NUMBERS = [
     ("eval.every_steps", -1),
     ("eval.batch_size", -1),
     ("eval.max_windows", -1),
+    ("eval.min_context", -1),
+    ("eval.min_context", 2048),
     ("eval.prompt_bytes", -1),
     ("eval.sample_bytes", -1),
     ("checkpoint.every_steps", -1),
@@ -242,6 +244,7 @@ def test_a_choice_that_does_not_exist_gets_a_list_of_those_that_do(
         assert repr(choice) in sentence
         finalize(changed(**{f"model__{name}": choice}))
     assert "'ema', 'raw'" in refused(changed(eval__weights="best"))
+    assert "'test', 'validation'" in refused(changed(eval__split="train"))
 
 
 @pytest.mark.parametrize(

@@ -191,6 +191,41 @@ def test_a_few_windows_are_full_and_spread_evenly():
         assert batches.evaluation_window_count(804, 8, max_windows) == 101
 
 
+@pytest.mark.parametrize("size", [1, 7, 8, 9, 15, 16, 17, 24, 63, 100])
+@pytest.mark.parametrize("least", range(8))
+def test_with_a_minimum_of_context_every_byte_is_scored_once(size, least):
+    data = np.arange(size, dtype=np.uint8)
+    seen, rows = [], 0
+    for batch in batches.evaluation_batches(
+        data, batch_size=3, context=8, min_context=least
+    ):
+        for targets_T, weights_T in zip(
+            batch["targets_BT"], batch["weights_BT"], strict=True
+        ):
+            (scored,) = np.nonzero(weights_T)
+            if scored.size:
+                assert scored[0] == (least if rows else 0)
+                start = rows * (8 - least)  # what comes before is the real context
+                expected = data[start : start + scored[-1] + 1]
+                np.testing.assert_array_equal(targets_T[: scored[-1] + 1], expected)
+                seen.append(targets_T[scored])
+                rows += 1
+    np.testing.assert_array_equal(np.concatenate(seen), data)
+    assert rows == batches.evaluation_window_count(size, 8, min_context=least)
+
+
+def test_a_part_gives_every_window_the_same_weight():
+    data = numbered(800)
+    (batch,) = batches.evaluation_batches(
+        data, batch_size=10, context=8, max_windows=10, min_context=6
+    )
+    expected_T = [0] * 6 + [1] * 2
+    np.testing.assert_array_equal(batch["weights_BT"], [expected_T] * 10)
+    starts = [i * 397 // 10 * 2 for i in range(10)]
+    expected = [data[start : start + 8] for start in starts]
+    np.testing.assert_array_equal(batch["targets_BT"], expected)
+
+
 # --- the bigram floor
 
 

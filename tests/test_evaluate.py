@@ -1,16 +1,15 @@
 """Bits per byte against a loop over windows, one by one."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import noisy_model
 
 from sparse_flax import evaluate
 from sparse_flax.attention import Strided
 from sparse_flax.data.batches import evaluation_batches
-from sparse_flax.model import START, ModelConfig, SparseTransformer
+from sparse_flax.model import START, ModelConfig
 
 CONFIG = ModelConfig(
     context=8,
@@ -25,19 +24,11 @@ CONFIG = ModelConfig(
 )
 
 
-@functools.cache
-def noisy_model():
-    rng = np.random.default_rng(0)
-    make = functools.partial(SparseTransformer, CONFIG)
-    return jax.tree.map(
-        lambda x: jnp.asarray(0.4 * rng.normal(size=x.shape), jnp.float32),
-        jax.eval_shape(make, jax.random.key(0)),
-    )
-
-
 def bits_per_byte(data, batch_size=2, stop=False, say=print):
     batches = evaluation_batches(data, batch_size=batch_size, context=8)
-    return evaluate.bits_per_byte(noisy_model(), batches, count=9, stop=stop, say=say)
+    return evaluate.bits_per_byte(
+        noisy_model(CONFIG), batches, count=9, stop=stop, say=say
+    )
 
 
 def by_hand(data):
@@ -46,12 +37,41 @@ def by_hand(data):
     for start in range(0, len(data), 8):
         window = data[start : start + 8].astype(int)
         inputs = jnp.asarray([[START, *window[:-1]]])
-        logits_TN = np.asarray(forward(noisy_model(), inputs), np.float64)[0]
+        logits_TN = np.asarray(forward(noisy_model(CONFIG), inputs), np.float64)[0]
         total_T = np.log2(np.exp(logits_TN).sum(-1))
         for t, byte in enumerate(window):
             bits.append(total_T[t] - logits_TN[t, byte] / np.log(2))
     assert len(bits) == len(data)
     return sum(bits) / len(bits)
+
+
+def test_equals_brute_force_for_every_minimum_context():
+    """Of 300 bytes, of which the cost in every possible window is known."""
+    data = np.random.default_rng(0).integers(0, 256, 300).astype(np.uint8)
+    context, model = CONFIG.context, noisy_model(CONFIG)
+    padded = np.pad(data, (0, context)).astype(int)
+    targets_BT = np.stack([padded[start : start + context] for start in range(300)])
+    starts_B1 = np.full((300, 1), START)
+    inputs_BT = jnp.asarray(np.concatenate([starts_B1, targets_BT[:, :-1]], axis=1))
+    logits_BTN = jax.jit(lambda model, inputs_BT: model(inputs_BT))(model, inputs_BT)
+    logits_BTN = np.asarray(logits_BTN, np.float64)
+    nats_BT = np.log(np.exp(logits_BTN).sum(-1))
+    nats_BT -= np.take_along_axis(logits_BTN, targets_BT[..., None], -1)[..., 0]
+    scores = []
+    for least in range(context):
+        nats, scored, start = 0.0, 0, 0
+        while scored < 300:
+            end = min(start + context, 300)
+            assert start == 0 or scored - start >= least
+            nats += nats_BT[start, scored - start : end - start].sum()
+            scored, start = end, start + context - least
+        batches = evaluation_batches(
+            data, batch_size=7, context=context, min_context=least
+        )
+        score = evaluate.bits_per_byte(model, batches, count=1, stop=False, say=print)
+        assert abs(score - nats / 300 / np.log(2)) < 1e-5, least
+        scores.append(score)
+    assert len(set(scores)) == context
 
 
 # A last window of 1, of 5 and of all bytes; a last batch that is not full.

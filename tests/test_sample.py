@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import noisy_model
 
 from sparse_flax.attention import Fixed
-from sparse_flax.model import START, ModelConfig, SparseTransformer
+from sparse_flax.model import START, ModelConfig
 from sparse_flax.sample import BYTES_PER_CALL, continue_text
 
 CONFIG = ModelConfig(
@@ -25,19 +26,9 @@ CONFIG = ModelConfig(
 
 
 @functools.cache
-def noisy_model():
-    rng = np.random.default_rng(0)
-    make = functools.partial(SparseTransformer, CONFIG)
-    return jax.tree.map(
-        lambda x: jnp.asarray(0.4 * rng.normal(size=x.shape), jnp.float32),
-        jax.eval_shape(make, jax.random.key(0)),
-    )
-
-
-@functools.cache
 def counting_model():
     """Byte b is followed by b + 1, whatever came before."""
-    model = jax.tree.map(jnp.zeros_like, noisy_model())
+    model = jax.tree.map(jnp.zeros_like, noisy_model(CONFIG))
     model.norm_scale_D[...] = jnp.ones(64)
     token_ND = np.random.default_rng(1).normal(size=(256, 64))
     model.token_ND[...] = jnp.asarray(token_ND, jnp.float32)
@@ -53,7 +44,7 @@ def continued(model, prompt=b"hello", count=21, seed=3, **kwargs):
 
 @pytest.mark.parametrize("prompt", [b"hello", b""])
 def test_equals_a_forward_pass_for_every_byte(prompt):
-    model, key = noisy_model(), jax.random.key(3)
+    model, key = noisy_model(CONFIG), jax.random.key(3)
     forward = jax.jit(lambda model, inputs_BT: model(inputs_BT))
     text = list(prompt)
     for place in range(len(text), len(text) + 21):
@@ -68,19 +59,19 @@ def test_equals_a_forward_pass_for_every_byte(prompt):
 
 
 def test_fills_the_context_to_its_last_byte():
-    assert len(continued(noisy_model(), count=35)) == 35
+    assert len(continued(noisy_model(CONFIG), count=35)) == 35
 
 
 def test_the_same_seed_gives_the_same_bytes():
-    model = noisy_model()
+    model = noisy_model(CONFIG)
     assert continued(model) == continued(model)
     assert continued(model) != continued(model, seed=4)
 
 
 def test_fewer_bytes_are_the_beginning_of_more():
-    more = continued(noisy_model())
-    assert continued(noisy_model(), count=7) == more[:7]
-    assert continued(noisy_model(), count=0) == b""
+    more = continued(noisy_model(CONFIG))
+    assert continued(noisy_model(CONFIG), count=7) == more[:7]
+    assert continued(noisy_model(CONFIG), count=0) == b""
 
 
 def test_goes_on_counting():
@@ -100,10 +91,10 @@ def test_a_stop_returns_what_there_is():
             self.left -= 1
             return self.left < 0
 
-    whole = continued(noisy_model())
-    assert continued(noisy_model(), stop=StopsAfter(0)) == b""
-    assert continued(noisy_model(), stop=StopsAfter(1)) == whole[:BYTES_PER_CALL]
-    assert continued(noisy_model(), stop=StopsAfter(2)) == whole
+    whole = continued(noisy_model(CONFIG))
+    assert continued(noisy_model(CONFIG), stop=StopsAfter(0)) == b""
+    assert continued(noisy_model(CONFIG), stop=StopsAfter(1)) == whole[:BYTES_PER_CALL]
+    assert continued(noisy_model(CONFIG), stop=StopsAfter(2)) == whole
 
 
 def test_says_when_a_sample_does_not_fit():
@@ -111,15 +102,15 @@ def test_says_when_a_sample_does_not_fit():
         "prompt of 30 and a sample of 11 bytes .* context of 40; sample 10 or fewer"
     )
     with pytest.raises(ValueError, match=expected) as error:
-        continued(noisy_model(), b"x" * 30, 11)
+        continued(noisy_model(CONFIG), b"x" * 30, 11)
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="sample 0 or fewer"):
-        continued(noisy_model(), b"x" * 50, 1)
+        continued(noisy_model(CONFIG), b"x" * 50, 1)
 
 
 def test_tells_how_far_it_is(monkeypatch):
     seconds = iter(range(0, 1000, 11))
     monkeypatch.setattr("sparse_flax.sample.time.monotonic", lambda: next(seconds))
     lines = []
-    continue_text(noisy_model(), b"hello", 21, seed=0, say=lines.append)
+    continue_text(noisy_model(CONFIG), b"hello", 21, seed=0, say=lines.append)
     assert lines[0].startswith("sampling: byte 5 of 26 | eta 11")

@@ -5,6 +5,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from conftest import noisy_model
 from jax.sharding import PartitionSpec as P
 
 from sparse_flax import config as config_lib
@@ -61,13 +62,8 @@ def test_micro_batches_on_a_mesh_give_the_same_step():
     np.testing.assert_allclose([a, b], [c, d], rtol=1e-4)
 
 
-def noisy_model():
-    rng = np.random.default_rng(0)
-    config = config_lib.model_config(configuration())
-    return jax.tree.map(
-        lambda x: (0.4 * rng.normal(size=x.shape)).astype(np.float32),
-        jax.eval_shape(functools.partial(SparseTransformer, config), jax.random.key(0)),
-    )
+def model_config():
+    return config_lib.model_config(configuration())
 
 
 def batch():
@@ -93,14 +89,14 @@ def loss_and_gradients(model, batch, key):
 
 @functools.cache
 def without_a_mesh():
-    return loss_and_gradients(noisy_model(), batch(), jax.random.key(7))
+    return loss_and_gradients(noisy_model(model_config()), batch(), jax.random.key(7))
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_every_mesh_gives_the_same_loss_and_gradients_with_dropout(sizes):
     mesh = make_mesh(*sizes)
     with jax.set_mesh(mesh):
-        model = noisy_model()
+        model = noisy_model(model_config())
         model = jax.device_put(model, parameter_shardings(model, mesh))
         results = loss_and_gradients(model, put_batch(batch()), jax.random.key(7))
     for (path, a), b in zip(
@@ -149,7 +145,7 @@ def test_training_keeps_every_piece_in_its_place_and_compiles_once():
 
 
 def test_the_table_of_parameters():
-    model = noisy_model()
+    model = noisy_model(model_config())
     shardings = parameter_shardings(model, make_mesh(2, 2, 2))
     expected = {
         "token_ND": P(None, "fsdp"),
@@ -179,10 +175,10 @@ def test_samples_and_evaluates_on_a_mesh_as_without_one():
         score = bits_per_byte(model, rows, count=1, stop=False, say=print)
         return continue_text(model, b"abc", 13, seed=5), score
 
-    alone, score = outcomes(noisy_model())
+    alone, score = outcomes(noisy_model(model_config()))
     mesh = make_mesh(2, 2, 2)
     with jax.set_mesh(mesh):
-        model = noisy_model()
+        model = noisy_model(model_config())
         model = jax.device_put(model, parameter_shardings(model, mesh))
         together, same_score = outcomes(model)
     assert together == alone

@@ -118,27 +118,40 @@ def train_batches(
     return iter(dataset.to_iter_dataset(options))
 
 
-def evaluation_window_count(size: int, context: int, max_windows: int = 0) -> int:
+def evaluation_window_count(
+    size: int, context: int, max_windows: int = 0, min_context: int = 0
+) -> int:
     """Return how many windows of `context` bytes `evaluation_batches` scores."""
-    windows = -(-size // context)
+    windows = 1 + max(0, -(-(size - context) // (context - min_context)))
     return min(windows, max_windows) if max_windows > 0 else windows
 
 
 def evaluation_windows(
-    data: np.ndarray, context: int, max_windows: int = 0
+    data: np.ndarray, context: int, max_windows: int = 0, min_context: int = 0
 ) -> list[np.ndarray]:
-    """Return the windows that `evaluation_batches` scores, as views of the data."""
-    count = evaluation_window_count(data.size, context, max_windows)
+    """Return the windows that `evaluation_batches` reads, as views of the data."""
+    count = evaluation_window_count(data.size, context, max_windows, min_context)
+    shift = context - min_context
     # A selection is made among the full windows, and the whole has all of them.
-    available = max(count, data.size // context)
-    starts = (i * available // count * context for i in range(count))
+    available = max(count, (data.size - context) // shift + 1)
+    starts = (i * available // count * shift for i in range(count))
     return [data[start : start + context] for start in starts]
 
 
 def evaluation_batches(
-    data: np.ndarray, *, batch_size: int, context: int, max_windows: int = 0
+    data: np.ndarray,
+    *,
+    batch_size: int,
+    context: int,
+    max_windows: int = 0,
+    min_context: int = 0,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yield windows side by side that hold every byte of the data exactly once.
+    """Yield windows that score every byte of the data exactly once.
+
+    The paper's protocol (table 3): a window begins T - M bytes after the one before,
+    and only its last T - M bytes are scored, each of which sees M bytes or more. With
+    M = 0 the windows lie side by side. The paper does not say what becomes of the first
+    M bytes of all; here the first window scores them too, with what context they have.
 
     The last window and the last batch are padded with zeros to full shape.
 
@@ -147,17 +160,21 @@ def evaluation_batches(
       batch_size: B, windows in a batch.
       context: T, bytes in a window.
       max_windows: if positive and fewer than the data has, only that many windows,
-        full ones, spread evenly over the data, always the same.
+        full ones, spread evenly over the data, always the same. The first is then
+        scored like the others, as it would weigh too much.
+      min_context: M, below T.
 
     Yields:
-      What `inputs_and_targets` gives, and weights_BT: float32 [B, T], 1 for a byte of
-      the data and 0 for padding.
+      What `inputs_and_targets` gives, and weights_BT: float32 [B, T], 1 for a byte to
+      score, and 0 for one that is context alone, or padding.
     """
-    windows = evaluation_windows(data, context, max_windows)
+    windows = evaluation_windows(data, context, max_windows, min_context)
+    whole = evaluation_window_count(data.size, context, min_context=min_context)
     for first in range(0, len(windows), batch_size):
         windows_BT = np.zeros((batch_size, context), np.uint8)
         weights_BT = np.zeros((batch_size, context), np.float32)
         for row, window in enumerate(windows[first : first + batch_size]):
+            begins = first + row == 0 and len(windows) == whole
             windows_BT[row, : window.size] = window
-            weights_BT[row, : window.size] = 1
+            weights_BT[row, 0 if begins else min_context : window.size] = 1
         yield inputs_and_targets(windows_BT) | {"weights_BT": weights_BT}

@@ -1,0 +1,277 @@
+"""--mode=eval: bits per byte of a run's checkpoints, also while it trains.
+
+Nothing that the run reads is written: not its lock, its metrics or its checkpoints.
+What was found is appended to eval.jsonl; the seconds of a first row include compiling.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from sparse_flax import banner, evaluate, progress, state
+from sparse_flax import config as config_lib
+from sparse_flax.checkpoint import Checkpointer, DamagedError
+from sparse_flax.config_checks import finalize
+from sparse_flax.data import batches
+from sparse_flax.data import bytes as byte_data
+from sparse_flax.errors import UserError
+from sparse_flax.metrics import first_not_finite, read_rows
+from sparse_flax.model import SparseTransformer
+from sparse_flax.sharding import make_mesh
+from sparse_flax.stopping import StopRequest
+from sparse_flax.workdir import RunFolder, writing
+
+# Bits per byte of the enwik8 test split by minimum context, of 12,288 (table 3).
+PAPER = {
+    6144: 0.9952,
+    9216: 0.9936,
+    10752: 0.9932,
+    11904: 0.9930,
+    12096: 0.9922,
+    12160: 0.9908,
+}
+POLL_SECONDS = 1.0
+
+
+class EvalRun:
+    """One way to score, applied to one checkpoint of a run or to all to come."""
+
+    def __init__(
+        self, config: ConfigDict, workdir: str, say: Callable[[str], None] = print
+    ):
+        """Find the run and say what will be scored, and how.
+
+        Raises:
+          UserError: there is no such run, or the configuration or data are others.
+        """
+        self.say = say
+        say(f"working directory  {workdir}")
+        self.folder = RunFolder(workdir)
+        self.config, _ = finalize(config)
+        self.model_config = config_lib.model_config(self.config)
+        self.stop = StopRequest()
+        data, mesh, options = self.config.data, self.config.mesh, self.config.eval
+        self.splits = byte_data.load(data.name, data.path, data.folder)
+        for change in self.folder.agree(self.config, self.splits):
+            if change.startswith("model."):  # all else is of no consequence here
+                say(f"changed since the run: {change}")
+        self.data = getattr(self.splits, options.split)
+        self.mesh = make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
+        self.checkpoints = Checkpointer(self.folder.checkpoints, say=say)
+        size, context = self.data.size, self.model_config.context
+        self.cut = {
+            "context": context,
+            "max_windows": options.max_windows,
+            "min_context": options.min_context,
+        }
+        self.windows = batches.evaluation_window_count(size, **self.cut)
+        everything = batches.evaluation_window_count(
+            size, **self.cut | {"max_windows": 0}
+        )
+        self.whole = self.windows == everything
+        # A part is of full windows, each scored alike.
+        part = self.windows * (context - options.min_context)
+        self.protocol = {
+            "split": options.split,
+            "weights": options.weights,
+            "context": context,
+            "min_context": options.min_context,
+            "windows": self.windows,
+            "whole": self.whole,
+            "bytes_scored": size if self.whole else part,
+            "dtype": self.config.model.dtype,
+        }
+        with jax.set_mesh(self.mesh):
+            for warning in banner.unused_accelerators():
+                say(f"WARNING: {warning}")
+        if self.splits.notice:
+            say(f"NOTE: {self.splits.notice}")
+        say(f"data               {self.splits.source}: {options.split}, {size:,} bytes")
+        say(f"protocol           {self._protocol()}")
+        if not self.whole:
+            say(
+                f"NOTE: eval.max_windows={options.max_windows} scores a part, "
+                f"{self.windows:,} of {everything:,} windows; "
+                "--config.eval.max_windows=0 scores the whole split"
+            )
+
+    def _protocol(self) -> str:
+        """Say in a sentence what is scored, and with how much context."""
+        context, least = self.cut["context"], self.cut["min_context"]
+        scored = self.protocol["bytes_scored"]
+        parts = [
+            f"minimum context {least:,} of {context:,}"
+            + (": windows without overlap" if not least else "")
+        ]
+        if least:
+            parts.append(f"the last {context - least:,} bytes of each window scored")
+            if self.whole:
+                parts.append("and all of the first")
+        each = "all" if self.whole else f"{scored:,} of"
+        parts.append(f"{each} {self.data.size:,} bytes, once")
+        return ", ".join(parts)
+
+    # ---- Which checkpoints ---------------------------------------------------------
+
+    def run(self, step: int | None = None) -> None:
+        """Score the newest checkpoint that is whole, or the one of `step`.
+
+        Raises:
+          UserError: there is none, or its score is not finite.
+        """
+        steps = self.checkpoints.steps()
+        if not steps:
+            raise UserError(
+                f"{self.folder.checkpoints} holds no checkpoint yet; train until one "
+                "is saved, or wait for it with --follow"
+            )
+        if step is not None and step not in steps:
+            nearest = min(steps, key=lambda there: abs(there - step))
+            raise UserError(
+                f"--checkpoint_step={step} is not in {self.folder.checkpoints}, which "
+                f"holds {', '.join(map(str, steps))}; try {nearest}"
+            )
+        self.stop.listen()
+        try:
+            for candidate in [step] if step is not None else reversed(steps):
+                if self.score(candidate):
+                    return
+                if self.stop:
+                    self._say_stopped()
+                    return
+        finally:
+            self.stop.ignore()
+        raise UserError(
+            f"no checkpoint in {self.folder.checkpoints} could be read; nothing was "
+            "moved or deleted"
+        )
+
+    def follow(self) -> None:
+        """Score each checkpoint once, oldest first, until the run has ended.
+
+        It has when the checkpoint of its last step is there. One that eval.jsonl has
+        by the same protocol already is not scored again.
+        """
+        done = {
+            row["step"]
+            for row in read_rows(self.folder.evaluations)
+            if self.protocol.items() <= row.items()
+        }
+        waiting_after = None
+        self.stop.listen()
+        try:
+            while not self.stop:
+                there = self.checkpoints.steps()
+                if new := [step for step in there if step not in done]:
+                    self.score(new[0])
+                    done.add(new[0])
+                    continue
+                newest, last = max(there, default=0), self._last_step()
+                if newest >= last:
+                    self.say(f"the run has ended at step {newest:,}; all is scored")
+                    return
+                if newest != waiting_after:
+                    waiting_after = newest
+                    self.say(
+                        f"waiting for a checkpoint after step {newest:,}; the run ends "
+                        f"at step {last:,}, Ctrl-C ends the waiting"
+                    )
+                time.sleep(POLL_SECONDS)
+            self._say_stopped()
+        finally:
+            self.stop.ignore()
+
+    def _last_step(self) -> int:
+        """Return where the run is to end, which a restart of it may change."""
+        return self.folder.saved()["config"]["train"]["steps"]
+
+    # ---- One checkpoint ------------------------------------------------------------
+
+    def score(self, step: int) -> dict[str, Any] | None:
+        """Score a checkpoint, say so and write a row; None if it cannot be read.
+
+        None also if told to stop.
+
+        Raises:
+          UserError: the score is not finite, or the row could not be written.
+        """
+        with jax.set_mesh(self.mesh):
+            try:
+                model = self.restore(step)
+            except DamagedError as error:
+                # A running job deletes its oldest ones.
+                gone = step not in self.checkpoints.steps()
+                why = "was deleted meanwhile" if gone else f"is damaged ({error})"
+                self.say(f"checkpoint {step} {why} and is passed over")
+                return None
+            self.say(f"evaluating checkpoint {step}: {self.windows:,} windows")
+            began = time.monotonic()
+            rows = self.config.eval.batch_size
+            score = evaluate.bits_per_byte(
+                model,
+                batches.evaluation_batches(self.data, batch_size=rows, **self.cut),
+                count=-(-self.windows // rows),
+                stop=self.stop,
+                say=self.say,
+            )
+            seconds = time.monotonic() - began
+            if score is None:
+                return None
+            if not math.isfinite(score):
+                raise UserError(
+                    f"checkpoint {step}: the {self.protocol['split']} score is {score} "
+                    f"bits per byte; {first_not_finite(model, [])}; try "
+                    "--config.model.dtype=float32"
+                )
+        row = {
+            "step": step,
+            **self.protocol,
+            "bits_per_byte": score,
+            "seconds": seconds,
+            "bytes_per_s": self.protocol["bytes_scored"] / seconds,
+        }
+        self._append(row)
+        self.say(
+            f"step {step:,}: {row['split']} {score:.4f} bits/byte ({row['weights']} "
+            f"weights; {self._protocol()}; {progress.duration(seconds)}, "
+            f"{row['bytes_per_s']:,.0f} bytes/s)"
+        )
+        if paper := self._paper():
+            self.say(f"the paper's table 3 has {paper:.4f} for this protocol")
+        return row
+
+    def restore(self, step: int) -> SparseTransformer:
+        """Return the chosen weights of a checkpoint, on the mesh that is set."""
+        field = "ema" if self.protocol["weights"] == "ema" else "model"
+        abstract = state.abstract_model(self.model_config)
+        return self.checkpoints.restore_part(step, field, abstract)
+
+    def _paper(self) -> float | None:
+        """Return the figure that the score is comparable with, if there is one."""
+        row = self.protocol
+        same = row["split"] == "test" and row["context"] == 12288 and row["whole"]
+        if same and self.splits.name == "enwik8" and not self.splits.notice:
+            return PAPER.get(row["min_context"])
+        return None
+
+    def _append(self, row: dict[str, Any]) -> None:
+        path = self.folder.evaluations
+        with writing(path), open(path, "ab+") as file:
+            # After a line that a full disk tore, begin a new one.
+            file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
+            torn = file.read(1) not in (b"", b"\n")
+            file.write(b"\n" * torn + json.dumps(row).encode() + b"\n")
+
+    def _say_stopped(self) -> None:
+        self.say(
+            f"stopped by {self.stop.signal}; what was scored before is in "
+            f"{self.folder.evaluations}"
+        )
