@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from sparse_flax import __version__, devices
 from sparse_flax.data.bytes import Splits
 from sparse_flax.model import ModelConfig, SparseTransformer, parameter_count
+from sparse_flax.workdir import WorkDir
 
 Say = Callable[[str], None]
 
@@ -89,6 +90,15 @@ def show_result(say: Say, rows: list[dict[str, Any]], bigram: float) -> None:
     )
     say(f"bigram table       {bigram:.3f} bits/byte on the same windows")
     say(f"test               {test['bits_per_byte']:.3f} bits/byte")
+
+
+def show_files(say: Say, workdir: WorkDir, step: int, samples: str) -> None:
+    """Print where a finished run left what it made, and the samples if there are."""
+    if samples:
+        say(f"sample             {workdir.sample}\n{samples}")
+    say(f"checkpoint         {workdir.checkpoints / str(step)}")
+    say(f"metrics            {workdir.metrics}")
+    say(f"curve              {workdir.curve}")
 
 
 def unused_accelerators() -> list[str]:

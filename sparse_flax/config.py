@@ -86,6 +86,7 @@ def defaults() -> ConfigDict:
                 "min_context": 0,  # bytes seen by each byte scored; --mode=eval alone
                 "prompt_bytes": 256,  # of validation text, before the sample
                 "sample_bytes": 256,  # sampled at the end; 0: none
+                "samples": 1,  # different ones, of the same prompt
             },
             "checkpoint": {
                 "every_steps": 1000,  # 0: at the end and on a signal alone

@@ -68,6 +68,7 @@ AT_LEAST_1 = [
     "train.steps",
     "train.batch_size",
     "train.accumulate",
+    "eval.samples",
     "checkpoint.keep",
     "log.every_steps",
     "mesh.data",

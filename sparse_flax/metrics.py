@@ -18,6 +18,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
+from sparse_flax import devices, flops
+from sparse_flax.model import ModelConfig
 from sparse_flax.workdir import WorkDir, write_atomically, writing
 
 COLUMNS = (
@@ -103,6 +105,30 @@ class Events:
         if self._file:
             with contextlib.suppress(OSError):  # it repeats what has been raised
                 self._file.close()
+
+
+def train_row(
+    values: dict[str, Any],
+    sequences_per_s: float,
+    model_config: ModelConfig,
+    mesh: jax.sharding.Mesh,
+) -> dict[str, Any]:
+    """Return the columns of a training step from what the train step returned.
+
+    MFU is of the devices of the mesh together, and null where their peak is not known.
+    """
+    peak = devices.peak(mesh.devices.flat[0].device_kind)
+    used = sequences_per_s * flops.train_flops(model_config)
+    is_float16 = model_config.dtype == "float16"
+    return {
+        "bits_per_byte": float(values["bits_per_byte"]),
+        "weights": "raw",
+        "learning_rate": float(values["learning_rate"]),
+        "grad_norm": None if values["skipped"] else float(values["grad_norm"]),
+        "loss_scale": float(values["loss_scale"]) if is_float16 else None,
+        "tokens_per_s": sequences_per_s * model_config.context,
+        "mfu": used / (peak * mesh.size) if peak else None,
+    }
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -9,16 +9,64 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from sparse_flax.model import START, SparseTransformer
 from sparse_flax.progress import duration
 from sparse_flax.sharding import batch_shards, whole
+from sparse_flax.workdir import write_atomically
 
 BYTES_PER_CALL = 16
+BETWEEN = b"\n--- next sample ---\n"  # samples in a file
+
+
+def write_samples(
+    model: SparseTransformer,
+    text: np.ndarray,
+    options: ConfigDict,
+    path: Path,
+    *,
+    seed: int,
+    stop: object,
+    say: Callable[[str], None],
+) -> str:
+    """Continue the beginning of a text in several ways, into a file.
+
+    Args:
+      model: the weights to sample from.
+      text: uint8 [N].
+      options: config.eval; its prompt_bytes, samples and sample_bytes (0: none).
+      path: of the file.
+      seed: of the first sample; the others have the next ones.
+      stop, say: as for `continue_text`.
+
+    Returns:
+      What was written, for a person; empty where nothing was.
+    """
+    if not options.sample_bytes:
+        return ""
+    prompt = text[: options.prompt_bytes].tobytes()
+    sampled = [
+        continue_text(
+            model, prompt, options.sample_bytes, seed=seed + n, stop=stop, say=say
+        )
+        for n in range(options.samples)
+    ]
+    write_atomically(path, BETWEEN.join(prompt + sample for sample in sampled))
+    pieces = ["--- prompt ---", shown(prompt)]
+    for sample in sampled:
+        pieces += ["--- continued ---", shown(sample)]
+    return "\n".join([*pieces, "---"])
+
+
+def shown(text: bytes) -> str:
+    """Return bytes as text, those that are none escaped."""
+    return text.decode("utf-8", "backslashreplace")
 
 
 def continue_text(

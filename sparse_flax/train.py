@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from sparse_flax import banner, devices, evaluate, flops, optim, progress, sample, state
+from sparse_flax import banner, evaluate, optim, progress, sample, state
 from sparse_flax import config as config_lib
 from sparse_flax.checkpoint import Checkpointer
 from sparse_flax.config_checks import finalize
@@ -20,13 +20,13 @@ from sparse_flax.data import batches, bigram
 from sparse_flax.data import bytes as byte_data
 from sparse_flax.errors import UserError
 from sparse_flax.integrity import fingerprint
-from sparse_flax.metrics import MetricsLog, first_not_finite
+from sparse_flax.metrics import MetricsLog, first_not_finite, train_row
 from sparse_flax.model import SparseTransformer
 from sparse_flax.profiling import Profile
 from sparse_flax.sharding import make_mesh, put_batch
 from sparse_flax.stopping import StopRequest
 from sparse_flax.train_step import make_train_step
-from sparse_flax.workdir import WorkDir, write_atomically
+from sparse_flax.workdir import WorkDir
 
 Metrics = dict[str, Any]
 
@@ -198,19 +198,8 @@ class Trainer:
         )
         if not due and step != self.first + 1:
             return
-        is_float16 = self.model_config.dtype == "float16"
         speed = self.clock.rate() * config.train.batch_size
-        peak = devices.peak(self.mesh.devices.flat[0].device_kind)
-        used = speed * flops.train_flops(self.model_config)
-        row = {
-            "bits_per_byte": float(values["bits_per_byte"]),
-            "weights": "raw",
-            "learning_rate": float(values["learning_rate"]),
-            "grad_norm": None if values["skipped"] else float(values["grad_norm"]),
-            "loss_scale": float(values["loss_scale"]) if is_float16 else None,
-            "tokens_per_s": speed * self.model_config.context,
-            "mfu": used / (peak * self.mesh.size) if peak else None,
-        }
+        row = train_row(values, speed, self.model_config, self.mesh)
         if due:
             self.metrics.write(step=step, split="train", **row)
         left = self.clock.left(step, config.train.steps)
@@ -299,28 +288,18 @@ class Trainer:
         past = f", past train.steps={steps:,}" if self.step > steps else ""
         self.say(f"finished at step {self.step:,}{past}")
         banner.show_result(self.say, self.metrics.rows, self.bigram)
-        if text:
-            self.say(f"sample             {self.workdir.sample}\n{text}")
-        self.say(f"checkpoint         {self.workdir.checkpoints / str(self.step)}")
-        self.say(f"metrics            {self.workdir.metrics}")
-        self.say(f"curve              {self.workdir.curve}")
+        banner.show_files(self.say, self.workdir, self.step, text)
         self.say(f"parameters fingerprint: {fingerprint(self.state.model)}")
         return True
 
     def sample(self) -> str:
         """Continue the beginning of the validation text; the same for the same run."""
-        config = self.config.eval
-        if not config.sample_bytes:
-            return ""
-        prompt = self.splits.validation[: config.prompt_bytes].tobytes()
-        sampled = sample.continue_text(
+        return sample.write_samples(
             self.chosen_model(),
-            prompt,
-            config.sample_bytes,
+            self.splits.validation,
+            self.config.eval,
+            self.workdir.sample,
             seed=self.config.seed,
             stop=self.stop,
             say=self.say,
         )
-        write_atomically(self.workdir.sample, prompt + sampled)
-        shown = [x.decode("utf-8", "backslashreplace") for x in (prompt, sampled)]
-        return f"--- prompt ---\n{shown[0]}\n--- continued ---\n{shown[1]}\n---"

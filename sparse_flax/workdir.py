@@ -6,7 +6,7 @@ eval.jsonl         what --mode=eval found, one row a line
 loss.png           the curve
 checkpoints/       one folder a step
 damaged/           checkpoints that were set aside, never deleted
-sample.txt         the last sample, behind its prompt
+sample.txt         the last samples, each behind its prompt
 tensorboard/       event files
 profile/           what --profile traced
 """

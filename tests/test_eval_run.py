@@ -200,7 +200,10 @@ def test_from_the_command_line_the_run_itself_is_the_config(copied):
     [
         (["--mode=eval"], "or name a run's --workdir"),
         (["--mode", "eval", "--workdir", "none"], "--workdir=none holds no run"),
-        (["--follow", "--config=configs/quickstart.py"], "does nothing in --mode=train"),
+        (
+            ["--follow", "--config=configs/quickstart.py"],
+            "does nothing in --mode=train",
+        ),
     ],
 )
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from sparse_flax import config as config_lib
-from sparse_flax import optim, state
+from sparse_flax import optim, sample, state
 from sparse_flax.checkpoint import Checkpointer
 from sparse_flax.config_checks import finalize
 from sparse_flax.data.batches import evaluation_windows
@@ -583,6 +583,8 @@ def test_a_warm_up_longer_than_the_run_is_shortened_aloud(tmp_path, text):
 def test_a_very_small_file_works(tmp_path):
     small = b"to be or not to be, " * 5
     (tmp_path / "small.txt").write_bytes(small)
-    lines = run(tmp_path / "run", tiny(tmp_path / "small.txt"))
+    lines = run(tmp_path / "run", tiny(tmp_path / "small.txt", eval__samples=2))
     print_of(lines)
-    assert (tmp_path / "run" / "sample.txt").read_bytes()[:5] == small[90:95]
+    written = (tmp_path / "run" / "sample.txt").read_bytes().split(sample.BETWEEN)
+    assert [part[:5] for part in written] == [small[90:95]] * 2
+    assert written[0] != written[1]
