@@ -46,7 +46,8 @@ def remember(measure):
     known = {}
 
     def measured(config, where):
-        key = config.to_json()
+        groups = config.model, config.train, config.mesh
+        key = "".join(group.to_json() for group in groups)
         known[key] = known[key] if key in known else measure(config, where)
         return known[key]
 
@@ -157,24 +158,36 @@ def proposed(line):
     return changed, configuration(**changed)
 
 
+def assert_proposes(limit, **expected):
+    lines, fits = show(configuration(), int(limit))
+    assert not fits and "it does not fit the Toy" in lines
+    assert lines[-1].startswith("what fits: --config.model.remat=full")
+    flags, config = proposed(lines[-1])
+    assert flags == {"model__remat": "full"} | expected
+    assert compiled(config).total <= limit
+
+
 def test_what_it_proposes_fits():
-    start = compiled(configuration()).total
-    full = compiled(configuration(model__remat="full")).total
-    least = compiled(configuration(model__remat="full", train__batch_size=1)).total
-    assert least < full < start
-    for limit, expected in (
-        ((full + start) // 2, {"model__remat": "full"}),
-        ((least + full) // 2, {"model__remat": "full", "train__batch_size": 2}),
-    ):
-        lines, fits = show(configuration(), int(limit))
-        assert not fits and "it does not fit the Toy" in lines
-        assert lines[-1].startswith("what fits: --config.model.remat=full")
-        flags, config = proposed(lines[-1])
-        assert compiled(config).total <= limit
-        if "train__accumulate" in flags:  # the same batch, in pieces
-            assert "train__batch_size" not in flags
-        else:
-            assert flags.keys() == expected.keys()
+    start, full, parts = (
+        compiled(configuration(**values)).total
+        for values in (
+            {},
+            {"model__remat": "full"},
+            {"model__remat": "full", "train__accumulate": 4},
+        )
+    )
+    assert parts < full < start
+    assert_proposes((full + start) / 2)
+    assert_proposes(parts + 1, train__accumulate=4)
+
+
+@pytest.mark.slow
+def test_a_smaller_batch_is_proposed_last():
+    parts = compiled(configuration(model__remat="full", train__accumulate=4)).total
+    # Which needs no sum of gradients beside those of a micro-batch.
+    one = compiled(configuration(model__remat="full", train__batch_size=1)).total
+    assert one < parts
+    assert_proposes((one + parts) / 2, train__batch_size=1)
 
 
 def test_the_memory_that_jax_leaves_is_proposed_first():
