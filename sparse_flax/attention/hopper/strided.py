@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from sparse_flax.attention import parts
 from sparse_flax.attention.hopper import band, band_ring, columns, long_columns, tiles
 from sparse_flax.attention.parts import Part
+from sparse_flax.attention.patterns import Pattern
 
 LONGEST_COLUMN = 256  # rows: what fits a block's memory, and one TMA copy
 LONGEST_WIDE_COLUMN = 128  # where K or V is 128
@@ -47,15 +49,14 @@ class Halves:
         return cls(window, stride, **settings)
 
 
-def supports(some_parts: Sequence[Part], q, k, v) -> str | None:
+def supports(pattern: Pattern, q: Any, k: Any, v: Any) -> str | None:
     """Return None, or the sentence that says what does not fit."""
     T = q.shape[1]
-    halves = Halves.of(some_parts, T)
+    halves = Halves.of(pattern.parts(), T)
     if halves is None:
-        names = ", ".join(type(part).__name__ for part in some_parts)
         return (
-            f"hopper has kernels for the band and for columns, not for {names}; try "
-            "'gathered'"
+            f"hopper has kernels for Local, Columns and Strided, not for {pattern}; "
+            "try 'gathered'"
         )
     K, V = (tiles.M * _tiles(x.shape[3]) for x in (q, v))
     window, stride = halves.window, halves.stride
@@ -83,10 +84,17 @@ def supports(some_parts: Sequence[Part], q, k, v) -> str | None:
     return None
 
 
-def attend(q_BTHK, k_BTHK, v_BTHV, some_parts, scale: float, interpret: bool):
+def attend(
+    q_BTHK: jax.Array,
+    k_BTHK: jax.Array,
+    v_BTHV: jax.Array,
+    pattern: Pattern,
+    scale: float,
+    interpret: bool = False,
+) -> jax.Array:
     """Return out_BTHV in v's dtype; the arguments are what `supports` lets pass."""
     T, K, V = q_BTHK.shape[1], q_BTHK.shape[3], v_BTHV.shape[3]
-    halves = Halves.of(some_parts, T, scale=scale, interpret=interpret)
+    halves = Halves.of(pattern.parts(), T, scale=scale, interpret=interpret)
     # Zeros behind the last column of q and k change no product; wgmma takes 64s.
     widths = [tiles.M * _tiles(width) for width in (K, K, V)]
     args = [
