@@ -37,7 +37,7 @@ def runs_on(device_kind: str) -> str | None:
         return None
     return (
         "hopper needs an NVIDIA GPU of compute capability 9 (H100, H200), and this is "
-        f"{device_kind}; try 'gathered'"
+        f"{device_kind}"
     )
 
 
@@ -51,7 +51,7 @@ def supports(pattern: Pattern, q: Any, k: Any, v: Any) -> str | None:
     if jax.__version_info__ < OLDEST_JAX:
         return (
             f"hopper needs jax {'.'.join(map(str, OLDEST_JAX))} or newer, and this is "
-            f"{jax.__version__}; try 'gathered'"
+            f"{jax.__version__}"
         )
     if np.dtype(q.dtype).name not in DTYPES:
         return (
@@ -60,7 +60,7 @@ def supports(pattern: Pattern, q: Any, k: Any, v: Any) -> str | None:
         )
     widest = max(q.shape[3], v.shape[3])
     if widest > WIDEST_HEAD:
-        return f"hopper takes heads of up to {WIDEST_HEAD} wide, not {widest}"
+        return f"hopper takes heads up to {WIDEST_HEAD} wide, not {widest}"
     if not isinstance(pattern, PerHead):
         return _kernels(pattern).supports(pattern, q, k, v)
     for head in range(min(q.shape[2], pattern.head_period)):

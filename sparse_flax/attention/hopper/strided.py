@@ -54,10 +54,7 @@ def supports(pattern: Pattern, q: Any, k: Any, v: Any) -> str | None:
     T = q.shape[1]
     halves = Halves.of(pattern.parts(), T)
     if halves is None:
-        return (
-            f"hopper has kernels for Local, Columns and Strided, not for {pattern}; "
-            "try 'gathered'"
-        )
+        return f"hopper has kernels for Local, Columns and Strided, not for {pattern}"
     K, V = (tiles.M * _tiles(x.shape[3]) for x in (q, v))
     window, stride = halves.window, halves.stride
     if stride:

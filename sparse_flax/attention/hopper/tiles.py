@@ -150,7 +150,7 @@ class Softmax:
 
 def launch(body, *, out, scratch, grid, threads, interpret, name):
     """A Mosaic GPU kernel over `grid`; its last axis runs fastest."""
-    return plgpu.kernel(
+    kernel = plgpu.kernel(
         body,
         out_type=out,
         scratch_types=scratch,
@@ -162,3 +162,17 @@ def launch(body, *, out, scratch, grid, threads, interpret, name):
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name=name,
     )
+
+    def run(*operands):
+        # Inside shard_map a kernel's results have lost over which axes they vary.
+        axes = _varies_over(operands[0])
+        return jax.lax.pcast(kernel(*operands), axes, to="varying")
+
+    return run
+
+
+def _varies_over(x: jax.Array) -> tuple[str, ...]:
+    kind = jax.typeof(x)
+    if hasattr(kind, "vma"):  # its name in jax 0.11.0
+        return tuple(sorted(kind.vma))
+    return tuple(sorted(kind.manual_axis_type.varying))
