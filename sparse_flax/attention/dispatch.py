@@ -152,7 +152,12 @@ class _Choice:
 
 
 def _pick(
-    implementation: str | None, device_kind: str, pattern: Pattern, q: Any, k: Any, v: Any
+    implementation: str | None,
+    device_kind: str,
+    pattern: Pattern,
+    q: Any,
+    k: Any,
+    v: Any,
 ) -> _Choice:
     if implementation is None:
         passed_over = []

@@ -245,7 +245,7 @@ def backward(
             return dss.at[pl.ds(pairs.index((a, t)) * M, M)]
 
         def keys_of(a):
-            """dk and dv of key tile a, from every query tile at or after it."""
+            """Sum up dk and dv of key tile a, from the query tiles at or after it."""
             key, key_new = each[a]
             sums = (tiles.zeros(M, V), tiles.zeros(M, K))
             for t in range(a, len(each)):
@@ -269,8 +269,8 @@ def backward(
                 ds = (p * (dp - tiles.per_column(e, dp))).astype(dtype)
                 slot(a, t)[...] = ds
                 products = [
-                    (0, p.astype(dtype), lambda: dos.at[pl.ds(query, M)]),
-                    (1, ds, lambda: qs.at[pl.ds(query, M)]),
+                    (0, p.astype(dtype), lambda at=query: dos.at[pl.ds(at, M)]),
+                    (1, ds, lambda at=query: qs.at[pl.ds(at, M)]),
                 ]
                 sums = tiles.accumulate(sums, products, interpret)
             return key, sums[0].astype(dtype), (sums[1] * scale).astype(dtype)

@@ -109,8 +109,9 @@ def _attend(halves: Halves, q, k, v):
 def _attend_forward(halves, q, k, v):
     out, lse = _over_batch(functools.partial(_forward, halves), q, k, v)
     # Named here, so that a policy of jax.checkpoint can keep them.
-    out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(
-        lse, "attention_lse"
+    out, lse = (
+        checkpoint_name(out, "attention_out"),
+        checkpoint_name(lse, "attention_lse"),
     )
     return out, (q, k, v, out, lse)
 
