@@ -17,7 +17,7 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the package, also where it is not installed
 
-from sparse_flax.attention.support import support_table  # noqa: E402
+from sparse_flax.attention import support_table  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -32,14 +32,36 @@ def attention_table(result: dict) -> str:
     for case, pattern in calls:
         cells = [_times(found.get((case, pattern, name))) for name in names]
         lines.append([case, f"`{pattern}`", *cells])
-    machine = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
     processes = result["processes"]
     medians = f"medians of {processes} processes" if processes > 1 else "one process"
-    note = (
-        f"bfloat16, milliseconds forward / forward and backward, {medians} on "
-        f"{result['hardware']} ({machine})."
-    )
-    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", note])
+    note = f"bfloat16, milliseconds forward / forward and backward, {medians}."
+    lines = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([*lines, "", f"{note} {_on(result)}"])
+
+
+def train_step_table(result: dict) -> str:
+    """A line a model, pattern and setting."""
+    lines = [
+        ["model", "pattern", "batch", "dropout", "remat", "tokens/s", "ms", "MFU", "GB"]
+    ]
+    lines.append(["---"] * len(lines[0]))
+    for row in result["rows"]:
+        line = [row["model"], f"`{row['pattern']}`", str(row["batch_size"])]
+        line += [f"{row['dropout']:g}", row["remat"], f"{row['tokens_per_s']:,.0f}"]
+        line += [
+            f"{row['step_ms']:.1f}",
+            f"{row['mfu']:.1%}",
+            f"{row['memory_gb']:.1f}",
+        ]
+        lines.append(line)
+    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", _on(result)])
+
+
+def _on(result: dict) -> str:
+    versions = result["versions"]
+    if not isinstance(versions, str):
+        versions = ", ".join(f"{name} {number}" for name, number in versions.items())
+    return f"On {result['hardware']} ({versions})."
 
 
 def _times(row: dict | None) -> str:
@@ -51,11 +73,15 @@ def _times(row: dict | None) -> str:
 
 
 def tables() -> dict[str, str]:
-    """Every table that there is something for."""
+    """Every table that there are results for, and that of the code."""
     made = {"support": support_table()}
-    path = RESULTS / "attention.json"
-    if path.exists():
-        made["attention"] = attention_table(json.loads(path.read_text()))
+    for name, table in (
+        ("attention", attention_table),
+        ("train_step", train_step_table),
+    ):
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            made[name] = table(json.loads(path.read_text()))
     return made
 
 

@@ -23,8 +23,8 @@ from sparse_flax.attention import (
     hopper,
     reference,
     sparse_attention,
+    support_table,
 )
-from sparse_flax.attention.support import support_table
 
 needs_new_jax = pytest.mark.skipif(
     jax.__version_info__ < hopper.OLDEST_JAX, reason="the kernels need jax 0.11"
@@ -197,7 +197,7 @@ def test_the_fastest_is_picked_and_what_falls_back_says_so_once():
         (Columns(64), (1, 12288, 2, 128), "bfloat16", "8 to 128 rows"),
         (Strided(700), (1, 16384, 2, 64), "bfloat16", "not 700; try 512"),
         (Local(1), (1, 1024, 2, 64), "bfloat16", "not 1; try 2"),
-        (PerHead((Local(8), Dense())), (1, 64, 2, 64), "bfloat16", "not for Dense()"),
+        (PerHead((Local(8), Dense())), (1, 64, 2, 64), "bfloat16", "not for Dense"),
     ],
     ids=str,
 )

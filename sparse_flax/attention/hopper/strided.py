@@ -54,7 +54,8 @@ def supports(pattern: Pattern, q: Any, k: Any, v: Any) -> str | None:
     T = q.shape[1]
     halves = Halves.of(pattern.parts(), T)
     if halves is None:
-        return f"hopper has kernels for Local, Columns and Strided, not for {pattern}"
+        name = type(pattern).__name__
+        return f"hopper has kernels for Local, Columns and Strided, not for {name}"
     K, V = (tiles.M * _tiles(x.shape[3]) for x in (q, v))
     window, stride = halves.window, halves.stride
     if stride:
