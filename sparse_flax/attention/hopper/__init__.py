@@ -4,17 +4,19 @@ Deterministic: no two blocks add to the same place. bfloat16 and float16, with s
 and sums in float32. Needs jax 0.11 or newer; nothing of Pallas is imported before the
 first call.
 
-    strided.py       columns, the band, or both under one softmax
-    columns.py       a whole column on chip, forward and backward
-    long_columns.py  backward of columns of more than 128 rows
-    band.py          the last `window` keys, forward and backward
-    band_ring.py     backward of windows of more than 128
-    tiles.py         what the kernels share
+    strided.py           columns, the band, or both under one softmax
+    columns.py           a whole column on chip
+    columns_backward.py  its gradient, up to 128 rows
+    long_columns.py      its gradient, up to 256 rows
+    band.py              the last `window` keys, and the gradient up to 128
+    band_ring.py         the gradient for wider windows
+    tiles.py             what the kernels share
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import re
 from typing import Any
 
@@ -53,6 +55,10 @@ def supports(pattern: Pattern, q: Any, k: Any, v: Any) -> str | None:
             f"hopper needs jax {'.'.join(map(str, OLDEST_JAX))} or newer, and this is "
             f"{jax.__version__}"
         )
+    try:
+        importlib.import_module("jax.experimental.pallas.mosaic_gpu")
+    except ImportError as problem:
+        return f"hopper needs Pallas for Mosaic GPU, which does not load: {problem}"
     if np.dtype(q.dtype).name not in DTYPES:
         return (
             f"hopper computes {' and '.join(DTYPES)}, not {q.dtype}; try q, k and v in "

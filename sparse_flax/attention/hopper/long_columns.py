@@ -30,7 +30,7 @@ def backward(
     strict: bool,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Do what `columns.backward` does, for R = 128, 192 or 256 and K = V = 64."""
+    """Do what `columns_backward` does, for R = 128, 192 or 256 and K = V = 64."""
     (B, R, C, K), dtype = q_BRCK.shape, q_BRCK.dtype
     group = C // k_BRCK.shape[2]
     n = R // M

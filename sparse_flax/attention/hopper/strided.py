@@ -17,7 +17,14 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from sparse_flax.attention import parts
-from sparse_flax.attention.hopper import band, band_ring, columns, long_columns, tiles
+from sparse_flax.attention.hopper import (
+    band,
+    band_ring,
+    columns,
+    columns_backward,
+    long_columns,
+    tiles,
+)
 from sparse_flax.attention.parts import Part
 from sparse_flax.attention.patterns import Pattern
 
@@ -156,7 +163,7 @@ def _backward(halves: Halves, q, k, v, out, lse, d_out):
         folded = [_fold(x, stride) for x in (q, k, v, out, d_out)]
         by_column = _by_column(lse, stride) if window else lse
         long = folded[0].shape[1] > LONGEST_WIDE_COLUMN
-        backward = long_columns.backward if long else columns.backward
+        backward = (long_columns if long else columns_backward).backward
         *into, delta = backward(
             *folded[:4],
             by_column,
