@@ -184,17 +184,18 @@ def call(body, out, scratch, grid, warpgroups, interpret):
     )
 
 
-def forward(q_BTHK, k_BTHK, v_BTHV, walk: Walk, scale, tiles: Tiles, interpret=False):
-    """Return out_BTHV and lse_BHT (natural logarithm, float32); T in whole tiles."""
-    (B, T, H, K), V = q_BTHK.shape, v_BTHV.shape[-1]
+def forward(q_BTHK, k_BTHK, v_BTHK, walk: Walk, scale, tiles: Tiles, interpret=False):
+    """Return out_BTHK and lse_BHT (natural logarithm, float32); T in whole tiles."""
+    B, T, H, K = q_BTHK.shape
     dtype, group = q_BTHK.dtype, H // k_BTHK.shape[2]
     W, N, S, C = tiles.warpgroups, tiles.columns, walk.block, walk.summary
     Q = W * ROWS
-    own = max(S, Q) // ROWS
+    # Tiles of the own blocks of a thread block's rows, which may begin inside a block.
+    own = (max(S, Q) if max(S, Q) % min(S, Q) == 0 else S + Q - ROWS) // ROWS
     piece = min(C, N) or N
     factor = scale * LOG2E
 
-    def body(q, k, v, out, lse, qs, own_k, own_v, ks, vs, q_bar, own_bar, full, free, outs=None):
+    def body(q, k, v, out, lse, qs, own_k, own_v, ks, vs, q_bar, own_bar, full, free):
         b, h, w = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
         kv = lax.div(h, group)
         t0 = (T // Q - 1 - lax.axis_index("tile")) * Q  # the longest walks go first
@@ -266,7 +267,7 @@ def forward(q_BTHK, k_BTHK, v_BTHV, walk: Walk, scale, tiles: Tiles, interpret=F
         top, total_p = (
             plgpu.layout_cast(row_vector(x), LAYOUT.reduce(1)) for x in (LOWEST, 0.0)
         )
-        carry = (zeros(ROWS, V), top, total_p)
+        carry = (zeros(ROWS, K), top, total_p)
         if C:
             carry = lax.fori_loop(0, whole, summaries(masked=False), carry)
             carry = lax.fori_loop(whole, total, summaries(masked=True), carry)
@@ -275,34 +276,32 @@ def forward(q_BTHK, k_BTHK, v_BTHV, walk: Walk, scale, tiles: Tiles, interpret=F
         since = place if walk.self_only else lax.div((mine - first) * S, ROWS)
         acc, top, total_p = lax.fori_loop(since, place + 1, own_block, carry)
         lse[b, h, pl.ds(row, ROWS)] = (top + jnp.log2(total_p)) * (1 / LOG2E)
-        own_out = qs.at[w] if K == V else outs.at[w]
-        own_out[...] = (acc * per_row(1 / total_p, acc.shape)).astype(dtype)
+        qs[w] = (acc * per_row(1 / total_p, acc.shape)).astype(dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(own_out, out.at[b, pl.ds(row, ROWS), h])
+        plgpu.copy_smem_to_gmem(qs.at[w], out.at[b, pl.ds(row, ROWS), h])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     return call(
         body,
         out=(
-            jax.ShapeDtypeStruct((B, T, H, V), dtype),
+            jax.ShapeDtypeStruct((B, T, H, K), dtype),
             jax.ShapeDtypeStruct((B, H, T), jnp.float32),
         ),
         scratch=[
             swizzled((W, ROWS, K), dtype),
             swizzled((own, ROWS, K), dtype),
-            swizzled((own, ROWS, V), dtype),
+            swizzled((own, ROWS, K), dtype),
             swizzled((tiles.stages, N, K), dtype),
-            swizzled((tiles.stages, N, V), dtype),
+            swizzled((tiles.stages, N, K), dtype),
             plgpu.Barrier(num_barriers=W),
             plgpu.Barrier(num_arrivals=2 * own),
             plgpu.Barrier(num_arrivals=2 * (N // piece), num_barriers=tiles.stages),
             plgpu.Barrier(num_arrivals=W, num_barriers=tiles.stages),
-            *([swizzled((W, ROWS, V), dtype)] if K != V else []),
         ],
         grid=(B, T // Q, H),
         warpgroups=W,
         interpret=interpret,
-    )(q_BTHK, k_BTHK, v_BTHV)
+    )(q_BTHK, k_BTHK, v_BTHK)
 
 
 def slots(T: int, walk: Walk, tiles: Tiles) -> int:
@@ -315,13 +314,13 @@ def slots(T: int, walk: Walk, tiles: Tiles) -> int:
 
 
 def summary_gradients(
-    q_BTHK, k_BTHK, v_BTHV, d_out_BTHV, lse_BHT, delta_BHT, walk, scale, tiles, interpret=False
+    q_BTHK, k_BTHK, v_BTHK, d_out_BTHK, lse_BHT, delta_BHT, walk, scale, tiles, interpret=False
 ):
     """Return dk and dv of the summary keys, [B, slots, H, width], slot 0 in row 64.
 
     Every query head has its own; they are not summed over groups.
     """
-    (B, T, H, K), V = q_BTHK.shape, v_BTHV.shape[-1]
+    B, T, H, K = q_BTHK.shape
     dtype, group = q_BTHK.dtype, H // k_BTHK.shape[2]
     W, N, S, C = tiles.warpgroups, tiles.columns, walk.block, walk.summary
     piece, per_block, end = min(C, ROWS), S // N, T // N
@@ -387,7 +386,7 @@ def summary_gradients(
 
             return step
 
-        sums = (zeros(ROWS, K), zeros(ROWS, V))
+        sums = (zeros(ROWS, K), zeros(ROWS, K))
         lax.fori_loop(0, since - begin, walked(needed=False), 0)
         sums = lax.fori_loop(since - begin, whole - begin, walked(True, True), sums)
         sums = lax.fori_loop(whole - begin, end - begin, walked(True), sums)
@@ -402,12 +401,12 @@ def summary_gradients(
     vector = plgpu.SMEM((tiles.stages, N), jnp.float32)
     return call(
         body,
-        out=tuple(jax.ShapeDtypeStruct((B, rows, H, x), dtype) for x in (K, V)),
+        out=(jax.ShapeDtypeStruct((B, rows, H, K), dtype),) * 2,
         scratch=[
             swizzled((W, ROWS, K), dtype),
-            swizzled((W, ROWS, V), dtype),
+            swizzled((W, ROWS, K), dtype),
             swizzled((tiles.stages, N, K), dtype),
-            swizzled((tiles.stages, N, V), dtype),
+            swizzled((tiles.stages, N, K), dtype),
             vector,
             vector,
             plgpu.Barrier(num_arrivals=2 * (ROWS // piece), num_barriers=W),
@@ -417,30 +416,38 @@ def summary_gradients(
         grid=(B, (rows - 2 * ROWS) // (W * ROWS), H),
         warpgroups=W,
         interpret=interpret,
-    )(q_BTHK, k_BTHK, v_BTHV, d_out_BTHV, lse_BHT, delta_BHT)
+    )(q_BTHK, k_BTHK, v_BTHK, d_out_BTHK, lse_BHT, delta_BHT)
 
 
 def add_key_gradients(sums, own, others, mask, factor, dtype, interpret):
     """Add to (dk / scale, dv) of the own keys what a tile of queries gives."""
     queries, d_out, lse, delta = others
     s, dp = products(list(zip(own, (queries, d_out), strict=True)), interpret)
-    lse = plgpu.load(lse, layout=LAYOUT.reduce(0)) * LOG2E
-    p = jnp.exp2(mask(s) * factor - per_column(lse, s.shape))
-    delta = plgpu.load(delta, layout=LAYOUT.reduce(0))
-    ds = (p * (dp - per_column(delta, dp.shape))).astype(dtype)
+    p = column_weights(mask(s), lse, factor)
+    ds = column_slopes(p, dp, delta).astype(dtype)
     pairs = [(ds, lambda: queries), (p.astype(dtype), lambda: d_out)]
     return tuple(add_products(sums, pairs, interpret))
 
 
+def column_weights(s, lse, factor):
+    lse = plgpu.load(lse, layout=LAYOUT.reduce(0)) * LOG2E
+    return jnp.exp2(s * factor - per_column(lse, s.shape))
+
+
+def column_slopes(p, dp, delta):
+    delta = plgpu.load(delta, layout=LAYOUT.reduce(0))
+    return p * (dp - per_column(delta, dp.shape))
+
+
 def block_gradients(
-    q_BTHK, k_BTHK, v_BTHV, d_out_BTHV, lse_BHT, delta_BHT, summed, walk, scale, tiles, interpret=False
+    q_BTHK, k_BTHK, v_BTHK, d_out_BTHK, lse_BHT, delta_BHT, summed, walk, scale, tiles, interpret=False
 ):
     """Return dq, dk and dv; `summed` is what summary_gradients returned, or None.
 
     A block of threads holds whole blocks of the pattern. dk and dv have a head for
     every query head.
     """
-    (B, T, H, K), V = q_BTHK.shape, v_BTHV.shape[-1]
+    B, T, H, K = q_BTHK.shape
     dtype, group = q_BTHK.dtype, H // k_BTHK.shape[2]
     W, N, S, C = tiles.warpgroups, tiles.columns, walk.block, walk.summary
     Q = W * ROWS
@@ -521,15 +528,35 @@ def block_gradients(
             keys, values = lambda: own_k.at[a], lambda: own_v.at[a]
             return add_query_gradients(acc, keys, values, mask)
 
-        def own_keys(t, sums):
-            mask = functools.partial(
-                causal, keys=0, queries=1, key_tile=w, query_tile=t
-            )
-            others = tuple(x.at[t] for x in (qs, d_outs, lses, deltas))
-            own = (own_k.at[w], own_v.at[w])
-            return add_key_gradients(
-                sums, own, others, mask, factor, dtype, interpret
-            )
+        def own_key_scores(t, with_values):
+            pairs = [(own_k.at[w], qs.at[t]), (own_v.at[w], d_outs.at[t])]
+            s, *dp = products(pairs[: 1 + with_values], interpret)
+            s = causal(s, keys=0, queries=1, key_tile=w, query_tile=t)
+            return column_weights(s, lses.at[t], factor), *dp
+
+        def own_dk(t, dk):
+            p, dp = own_key_scores(t, True)
+            ds = column_slopes(p, dp, deltas.at[t]).astype(dtype)
+            return add_products([dk], [(ds, lambda: qs.at[t])], interpret)[0]
+
+        def own_dv(t, dv):
+            (p,) = own_key_scores(t, False)
+            pairs = [(p.astype(dtype), lambda: d_outs.at[t])]
+            return add_products([dv], pairs, interpret)[0]
+
+        def from_summaries(ref):
+            # Row i of the tile lies in slot mine * C + ahead + i, if in the slice.
+            ahead = row - mine * S - walk.slice_start(h)
+            at = jnp.clip(ROWS + mine * C + ahead, 0, ref.shape[1] - ROWS)
+            at = (b, pl.ds(at, ROWS), h)
+            x = plgpu.load(ref.at[at], layout=LAYOUT, optimized=False)
+            i = iota(x.shape, 0) + ahead
+            return jnp.where((i >= 0) & (i < C), x.astype(jnp.float32), 0.0)
+
+        def leave(x, buffer, ref):
+            buffer[...] = x.astype(dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(buffer, ref.at[b, here, h])
 
         acc = zeros(ROWS, K)
         if C:
@@ -537,42 +564,31 @@ def block_gradients(
             acc = lax.fori_loop(whole, total, summaries(masked=True), acc)
         since = w if walk.self_only else lax.div((mine - first) * S, ROWS)
         until = w + 1 if walk.self_only else since + S // ROWS
-        acc = (lax.fori_loop(since, w + 1, own_queries, acc) * scale).astype(dtype)
-        sums = (zeros(ROWS, K), zeros(ROWS, V))
-        sums = lax.fori_loop(w, until, own_keys, sums)
-        sums = [sums[0] * scale, sums[1]]
-        if C:
-            # Row i of the tile lies in slot mine * C + ahead + i, if in the slice.
-            ahead = row - mine * S - walk.slice_start(h)
-            at = jnp.clip(ROWS + mine * C + ahead, 0, sum_k.shape[1] - ROWS)
-            for n, ref in enumerate((sum_k, sum_v)):
-                x = plgpu.load(
-                    ref.at[b, pl.ds(at, ROWS), h], layout=LAYOUT, optimized=False
-                )
-                i = iota(x.shape, 0) + ahead
-                sums[n] += jnp.where((i >= 0) & (i < C), x.astype(jnp.float32), 0.0)
+        acc = lax.fori_loop(since, w + 1, own_queries, acc)
         plgpu.barrier_arrive(done)
-        plgpu.barrier_wait(done)  # nobody reads q, k and v any more: they carry results
-        for buffer, x in ((qs, acc), (own_k, sums[0]), (own_v, sums[1])):
-            buffer[w] = x.astype(dtype)
-        plgpu.commit_smem()
-        for buffer, ref in ((qs, dq), (own_k, dk), (own_v, dv)):
-            plgpu.copy_smem_to_gmem(buffer.at[w], ref.at[b, here, h])
+        plgpu.barrier_wait(done)
+        # Nobody reads the ring any more, nor another's own keys: they carry results.
+        # dk and dv are made one after the other, for want of registers.
+        leave(acc * scale, ks.at[w], dq)
+        x = lax.fori_loop(w, until, own_dk, zeros(ROWS, K)) * scale
+        leave(x + from_summaries(sum_k) if C else x, own_v.at[w], dk)
+        x = lax.fori_loop(w, until, own_dv, zeros(ROWS, K))
+        leave(x + from_summaries(sum_v) if C else x, own_k.at[w], dv)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     vector = plgpu.SMEM((W, ROWS), jnp.float32)
     return call(
         body,
-        out=tuple(jax.ShapeDtypeStruct((B, T, H, x), dtype) for x in (K, K, V)),
+        out=(jax.ShapeDtypeStruct((B, T, H, K), dtype),) * 3,
         scratch=[
             swizzled((W, ROWS, K), dtype),
-            swizzled((W, ROWS, V), dtype),
             swizzled((W, ROWS, K), dtype),
-            swizzled((W, ROWS, V), dtype),
+            swizzled((W, ROWS, K), dtype),
+            swizzled((W, ROWS, K), dtype),
             vector,
             vector,
             swizzled((tiles.stages, N, K), dtype),
-            swizzled((tiles.stages, N, V), dtype),
+            swizzled((tiles.stages, N, K), dtype),
             plgpu.Barrier(num_arrivals=6 * W),
             plgpu.Barrier(num_arrivals=2 * (N // piece), num_barriers=tiles.stages),
             plgpu.Barrier(num_arrivals=W, num_barriers=tiles.stages),
@@ -581,4 +597,4 @@ def block_gradients(
         grid=(B, T // Q, H),
         warpgroups=W,
         interpret=interpret,
-    )(q_BTHK, k_BTHK, v_BTHV, d_out_BTHV, lse_BHT, delta_BHT, *(summed or ()))
+    )(q_BTHK, k_BTHK, v_BTHK, d_out_BTHK, lse_BHT, delta_BHT, *(summed or ()))
