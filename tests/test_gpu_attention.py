@@ -7,7 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_flax.attention import Columns, Local, PerHead, Strided, hopper, reference
+from sparse_flax.attention import (
+    Blocks,
+    Columns,
+    Fixed,
+    Local,
+    PerHead,
+    Strided,
+    Summaries,
+    hopper,
+    reference,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -36,6 +46,11 @@ CASES = [
     (Strided(60), ODD, "bfloat16"),  # 52 rows, padded to 56
     (Columns(17), ODD, "bfloat16"),  # 181 rows, padded to 192
     (PerHead((Local(64), Columns(64))), ODD, "bfloat16"),
+    (Fixed(128, 32), SHAPE, "bfloat16"),
+    (Fixed(128, 32, rotate=True), ODD, "bfloat16"),
+    (Fixed(128, 32), WIDE, "bfloat16"),
+    (Blocks(128), SHAPE, "float16"),
+    (Summaries(128, 8, offset=1), SHAPE, "bfloat16"),
 ]
 
 

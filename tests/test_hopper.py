@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from sparse_flax.attention import (
     Columns,
     Dense,
+    Fixed,
     Local,
     PerHead,
     Strided,
@@ -78,7 +79,11 @@ def assert_equals_the_reference(run, pattern, args):
             *(Strided(130), (1, 1041, 1, 1, 64, 64), "bfloat16"),
             marks=pytest.mark.slow,
         ),
-        (PerHead((Local(64), Columns(4))), (1, 64, 2, 1, 64, 64), "bfloat16"),
+        (
+            PerHead((Fixed(64, 32, rotate=True), Columns(4))),
+            (1, 128, 4, 2, 64, 64),
+            "bfloat16",
+        ),
     ],
     ids=str,
 )
@@ -152,7 +157,8 @@ def test_a_checkpoint_policy_keeps_the_result(keep, runs):
 
 @needs_new_jax
 @pytest.mark.usefixtures("on_an_h200")
-def test_sharded_results_keep_their_sharding():
+@pytest.mark.parametrize("pattern", [Strided(64), Fixed(64, 32, rotate=True)], ids=str)
+def test_sharded_results_keep_their_sharding(pattern):
     mesh = jax.make_mesh(
         (2, 2, 2), ("data", "tensor", "other"), axis_types=(AxisType.Explicit,) * 3
     )
@@ -160,7 +166,7 @@ def test_sharded_results_keep_their_sharding():
     q = jax.ShapeDtypeStruct((4, 1024, 4, 64), jnp.bfloat16, sharding=sharding)
 
     def call(q, k, v, d_out):
-        run = functools.partial(sparse_attention, pattern=Strided(64))
+        run = functools.partial(sparse_attention, pattern=pattern)
         out, pull = jax.vjp(run, q, k, v)
         return out, *pull(d_out)
 
@@ -197,7 +203,12 @@ def test_the_fastest_is_picked_and_what_falls_back_says_so_once():
         (Columns(64), (1, 12288, 2, 128), "bfloat16", "8 to 128 rows"),
         (Strided(700), (1, 16384, 2, 64), "bfloat16", "not 700; try 512"),
         (Local(1), (1, 1024, 2, 64), "bfloat16", "not 1; try 2"),
-        (PerHead((Local(8), Dense())), (1, 64, 2, 64), "bfloat16", "not for Dense"),
+        (
+            PerHead((Local(8), Dense())),
+            (1, 64, 2, 64),
+            "bfloat16",
+            "no kernels for Dense",
+        ),
     ],
     ids=str,
 )

@@ -10,6 +10,8 @@ first call.
     long_columns.py      its gradient, up to 256 rows
     band.py              the last `window` keys, and the gradient up to 128
     band_ring.py         the gradient for wider windows
+    fixed.py             own blocks, summaries of earlier ones, or both
+    fixed_kernels.py     the kernels of fixed.py
     tiles.py             what the kernels share
 """
 
@@ -24,7 +26,13 @@ import jax
 import numpy as np
 
 from sparse_flax.attention import heads
-from sparse_flax.attention.patterns import Fixed, Pattern, PerHead
+from sparse_flax.attention.patterns import (
+    Blocks,
+    Fixed,
+    Pattern,
+    PerHead,
+    Summaries,
+)
 
 OLDEST_JAX = (0, 11)
 DTYPES = ("bfloat16", "float16")
@@ -98,10 +106,9 @@ def attend(
 
 def _kernels(pattern: Pattern):
     """The module with the kernels of a pattern; each has `supports` and `attend`."""
-    from sparse_flax.attention.hopper import strided
+    from sparse_flax.attention.hopper import fixed, strided
 
-    # Fixed, Blocks and Summaries go to fixed.py here, once it exists.
-    return strided
+    return fixed if isinstance(pattern, Fixed | Blocks | Summaries) else strided
 
 
 def _of_head(pattern: PerHead, head: int) -> Pattern:

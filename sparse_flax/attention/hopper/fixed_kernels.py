@@ -23,6 +23,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from sparse_flax.attention.hopper.tiles import keeps_axes
+
 LOG2E = math.log2(math.e)
 ROWS = 64  # of a warpgroup's matrix product
 LAYOUT = plgpu.Layout.WGMMA
@@ -171,7 +173,7 @@ def call(body, out, scratch, grid, warpgroups, interpret):
     Neighbouring blocks of threads then read whole lines of memory, and those that run
     together share keys in the cache.
     """
-    return plgpu.kernel(
+    kernel = plgpu.kernel(
         body,
         out_type=out,
         scratch_types=scratch,
@@ -182,6 +184,7 @@ def call(body, out, scratch, grid, warpgroups, interpret):
         interpret=plgpu.InterpretGPUParams() if interpret else None,
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
+    return keeps_axes(kernel)
 
 
 def forward(q_BTHK, k_BTHK, v_BTHK, walk: Walk, scale, tiles: Tiles, interpret=False):

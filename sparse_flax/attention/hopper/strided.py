@@ -62,7 +62,7 @@ def supports(pattern: Pattern, q: Any, k: Any, v: Any) -> str | None:
     halves = Halves.of(pattern.parts(), T)
     if halves is None:
         name = type(pattern).__name__
-        return f"hopper has kernels for Local, Columns and Strided, not for {name}"
+        return f"hopper has no kernels for {name}"
     K, V = (tiles.M * _tiles(x.shape[3]) for x in (q, v))
     window, stride = halves.window, halves.stride
     if stride:

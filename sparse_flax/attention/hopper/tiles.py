@@ -162,17 +162,18 @@ def launch(body, *, out, scratch, grid, threads, interpret, name):
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name=name,
     )
+    return keeps_axes(kernel)
+
+
+def keeps_axes(kernel: Callable) -> Callable:
+    """Give a kernel's results back what it forgets: the axes of a shard_map that its
+    first operand varies over.
+    """
 
     def run(*operands):
-        # Inside shard_map a kernel's results have lost over which axes they vary.
-        axes = _varies_over(operands[0])
-        return jax.lax.pcast(kernel(*operands), axes, to="varying")
+        kind = jax.typeof(operands[0])
+        # `vma` is its name in jax 0.11.0.
+        varying = kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
+        return jax.lax.pcast(kernel(*operands), tuple(sorted(varying)), to="varying")
 
     return run
-
-
-def _varies_over(x: jax.Array) -> tuple[str, ...]:
-    kind = jax.typeof(x)
-    if hasattr(kind, "vma"):  # its name in jax 0.11.0
-        return tuple(sorted(kind.vma))
-    return tuple(sorted(kind.manual_axis_type.varying))
