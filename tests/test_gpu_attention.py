@@ -97,7 +97,7 @@ def errors(got, want):
         (np.asarray(a, np.float32), np.asarray(b))
         for a, b in zip(got, want, strict=True)
     ]
-    return [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in pairs]
+    return [float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs]
 
 
 @functools.cache
