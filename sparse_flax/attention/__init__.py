@@ -9,9 +9,12 @@ This package imports nothing else of sparse_flax, and no flax.
     parse.py       patterns from their printed form
     parts.py       the six disjoint parts that patterns are unions of, and their cores
     dispatch.py    sparse_attention and explain: checks, the pick, sharded calls
+    support.py     support_table: which implementation takes which call
+    heads.py       heads that see the same keys run together
     union.py       merge: attention over a union of disjoint key sets
     reference.py   implementation: dense masked softmax in float32
     gathered.py    implementation: blocks and views in plain XLA, any device
+    hopper/        implementation: kernels for NVIDIA's H100 and H200
 """
 
 from sparse_flax.attention.dispatch import (
@@ -32,6 +35,7 @@ from sparse_flax.attention.patterns import (
     Strided,
     Summaries,
 )
+from sparse_flax.attention.support import support_table
 from sparse_flax.attention.union import merge
 
 __all__ = [
@@ -50,4 +54,5 @@ __all__ = [
     "merge",
     "parse",
     "sparse_attention",
+    "support_table",
 ]

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import warnings
 from types import ModuleType
 from typing import Any
 
@@ -13,12 +14,15 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from sparse_flax.attention import gathered, reference
+from sparse_flax.attention import gathered, hopper, reference
 from sparse_flax.attention.patterns import Pattern
 
-# The first is picked where none is named. A module here has
-# attend(q, k, v, pattern, scale) -> out; to add an implementation, add its module.
+# Fastest first: where none is named, the first that runs on the device and supports
+# the call is picked. To add an implementation, add its module here. It has
+#   runs_on(device_kind), supports(pattern, q, k, v): None, or a sentence: why not
+#   attend(q, k, v, pattern, scale): out
 IMPLEMENTATIONS: dict[str, ModuleType] = {
+    "hopper": hopper,
     "gathered": gathered,
     "reference": reference,
 }
@@ -44,9 +48,11 @@ def sparse_attention(
       v_BTHV: values [B, T, H_kv, V]; V may differ from K.
       pattern: who sees whom. Patterns belong to query heads by global index.
       scale: multiplies q.k; 1/sqrt(K) by default.
-      implementation: 'gathered' (any device, differentiable to any order) or
-        'reference' (dense, float32); None picks. One named here is used or refused,
-        never replaced.
+      implementation: 'hopper' (kernels for an H100 or H200, reverse mode only),
+        'gathered' (any device, differentiable to any order) or 'reference' (dense,
+        float32). None picks the fastest that supports the call on the device it is
+        traced for: the mesh's, else the default one. One named here is used or
+        refused, never replaced.
 
     Returns:
       out_BTHV [B, T, H, V] in v's dtype. Softmax and sums are in float32.
@@ -54,14 +60,18 @@ def sparse_attention(
     Raises:
       ValueError: shapes, dtypes, pattern or implementation do not fit; in a sentence.
 
+    Warns once if the device has kernels of its own and they do not support the call.
+
     Arrays whose types carry a sharding over batch or heads (a mesh with Explicit axes)
     are computed shard by shard without communication.
     """
     _check(q_BTHK, k_BTHK, v_BTHV, pattern)
     scale = float(q_BTHK.shape[-1] ** -0.5 if scale is None else scale)
-    name, _ = _pick(implementation)
+    choice = _pick(implementation, _device_kind(), pattern, q_BTHK, k_BTHK, v_BTHV)
+    if choice.passed_over:
+        _warn_once(f"{pattern} runs {choice.name}, since {choice.passed_over}")
     attend = functools.partial(
-        IMPLEMENTATIONS[name].attend, pattern=pattern, scale=scale
+        IMPLEMENTATIONS[choice.name].attend, pattern=pattern, scale=scale
     )
     return _by_shard(attend, q_BTHK, k_BTHK, v_BTHV, pattern)
 
@@ -109,20 +119,22 @@ def explain(
     Args:
       pattern: as for `sparse_attention`.
       q, k, v: arrays, `jax.ShapeDtypeStruct`s, or shapes (taken as bfloat16).
-      device_kind: as `jax.Device.device_kind`; the default device's if None.
+      device_kind: as `jax.Device.device_kind`; of the mesh or the default device if
+        None.
       implementation: as for `sparse_attention`.
     """
     q, k, v = (_as_struct(x) for x in (q, k, v))
     _check(q, k, v, pattern)
-    name, reason = _pick(implementation)
+    device_kind = device_kind or _device_kind()
+    choice = _pick(implementation, device_kind, pattern, q, k, v)
     (B, T, H, K), V = q.shape, v.shape[-1]
     period = pattern.head_period
     pairs = B * sum(pattern.pairs(T, head % period) for head in range(H))
     out_bytes = B * T * H * V * v.dtype.itemsize
     return Explanation(
-        implementation=name,
-        reason=reason,
-        device_kind=device_kind or jax.devices()[0].device_kind,
+        implementation=choice.name,
+        reason=choice.reason,
+        device_kind=device_kind,
         pattern=pattern,
         keys_per_query=pairs / (B * T * H),
         dense_fraction=pairs / (B * H * T * (T + 1) // 2),
@@ -133,17 +145,62 @@ def explain(
     )
 
 
-def _pick(implementation: str | None) -> tuple[str, str]:
-    """Return the implementation's name and the reason for it."""
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+    name: str
+    reason: str
+    passed_over: str = ""  # why a faster one, which has this device, is not used
+
+
+def _pick(
+    implementation: str | None,
+    device_kind: str,
+    pattern: Pattern,
+    q: Any,
+    k: Any,
+    v: Any,
+) -> _Choice:
     if implementation is None:
-        return next(iter(IMPLEMENTATIONS)), "the fastest that there is, on any device"
+        passed_over = []
+        for name, module in IMPLEMENTATIONS.items():
+            if module.runs_on(device_kind):
+                continue
+            why = module.supports(pattern, q, k, v)
+            if not why:
+                sentences = "; ".join(passed_over)
+                reason = "the fastest that supports this call on this device"
+                if sentences:
+                    reason = f"{reason}, since {sentences}"
+                return _Choice(name, reason, sentences)
+            passed_over.append(why)
     if implementation not in IMPLEMENTATIONS:
         near = difflib.get_close_matches(str(implementation), IMPLEMENTATIONS, 1, 0)
         raise ValueError(
             f"implementation={implementation!r} is none of "
             f"{', '.join(IMPLEMENTATIONS)}; try {near[0]!r} or None"
         )
-    return implementation, "named by the caller"
+    module = IMPLEMENTATIONS[implementation]
+    why = module.supports(pattern, q, k, v) or module.runs_on(device_kind)
+    if why:
+        raise ValueError(
+            f"implementation={implementation!r}: {why}; or let None pick one"
+        )
+    return _Choice(implementation, "named by the caller")
+
+
+def _device_kind() -> str:
+    """What the call is compiled for, as far as it can be known while tracing."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        device = jax.config.jax_default_device
+        if not isinstance(device, jax.Device):
+            device = jax.devices(device)[0]
+    return device.device_kind
+
+
+@functools.cache
+def _warn_once(sentence: str) -> None:
+    warnings.warn(sentence, stacklevel=3)
 
 
 def _check(q: Any, k: Any, v: Any, pattern: Pattern) -> None:

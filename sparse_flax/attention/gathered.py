@@ -10,11 +10,12 @@ computed too where a block holds them: about as many as are seen.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from sparse_flax.attention import parts, union
+from sparse_flax.attention import heads, parts, union
 from sparse_flax.attention.parts import Part
 from sparse_flax.attention.patterns import Pattern
 
@@ -30,6 +31,14 @@ ROWS = 512
 SMALLEST_BLOCK, LARGEST_BLOCK = 16, 512
 
 
+def supports(pattern: Pattern, q: Any, k: Any, v: Any) -> None:
+    """Return None: everything."""
+
+
+def runs_on(device_kind: str) -> None:
+    """Return None: everywhere."""
+
+
 def attend(
     q_BTHK: jax.Array,
     k_BTHK: jax.Array,
@@ -38,23 +47,12 @@ def attend(
     scale: float,
 ) -> jax.Array:
     """Return out_BTHV in v's dtype; heads that see the same keys run together."""
-    H, period = q_BTHK.shape[2], pattern.head_period
-    if period == 1:
-        out_BTHV, _ = attend_parts(q_BTHK, k_BTHK, v_BTHV, pattern.parts(), scale)
-        return out_BTHV.astype(v_BTHV.dtype)
-    group = H // k_BTHK.shape[2]
-    outs = {}
-    for first in range(min(period, H)):
-        heads = range(first, H, period)
-        out, _ = attend_parts(
-            q_BTHK[:, :, first::period],
-            _key_heads(k_BTHK, heads, group),
-            _key_heads(v_BTHV, heads, group),
-            pattern.parts(first),
-            scale,
-        )
-        outs |= {head: out[:, :, place] for place, head in enumerate(heads)}
-    out_BTHV = jnp.stack([outs[head] for head in range(H)], axis=2)
+
+    def run(q, k, v, head):
+        out, _ = attend_parts(q, k, v, pattern.parts(head), scale)
+        return out
+
+    out_BTHV = heads.by_period(run, q_BTHK, k_BTHK, v_BTHV, pattern.head_period)
     return out_BTHV.astype(v_BTHV.dtype)
 
 
@@ -183,14 +181,3 @@ def _attend_rows(q, k, v, mask, scale):
     out = out / jnp.moveaxis(seen, 3, 1)[..., None]
     lse = jnp.moveaxis(jnp.where(total > 0, top + jnp.log(seen), -jnp.inf), 3, 1)
     return out.reshape(B, T, H, -1), lse.reshape(B, T, H)
-
-
-def _key_heads(x_BTHK: jax.Array, heads: range, group: int) -> jax.Array:
-    """Take the key (or value) head of each query head in `heads`.
-
-    By slices: the transpose of a gather is a scatter, which a GPU adds up in no fixed
-    order.
-    """
-    if group == 1:
-        return x_BTHK[:, :, heads.start :: heads.step]
-    return jnp.stack([x_BTHK[:, :, head // group] for head in heads], axis=2)

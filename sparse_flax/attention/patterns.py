@@ -242,15 +242,16 @@ class PerHead(Pattern):
         periods = [p.head_period for p in self.patterns]
         return n * math.lcm(*(period // math.gcd(period, n) for period in periods))
 
-    def _of(self, head: int) -> Pattern:
+    def of_head(self, head: int) -> Pattern:
+        """The pattern of query head `head`."""
         return self.patterns[head % len(self.patterns)]
 
     def _sees(self, i, j, head):
-        return self._of(head)._sees(i, j, head)
+        return self.of_head(head)._sees(i, j, head)
 
     def parts(self, head: int = 0) -> tuple[Part, ...]:
         """The parts of the head's own pattern."""
-        return self._of(head).parts(head)
+        return self.of_head(head).parts(head)
 
 
 PATTERNS = {

@@ -1,0 +1,121 @@
+"""NVIDIA Hopper: Pallas Mosaic GPU kernels for the parts of a pattern.
+
+Deterministic: no two blocks add to the same place. bfloat16 and float16, with softmax
+and sums in float32. Needs jax 0.11 or newer; nothing of Pallas is imported before the
+first call.
+
+    strided.py           columns, the band, or both under one softmax
+    columns.py           a whole column on chip
+    columns_backward.py  its gradient, up to 128 rows
+    long_columns.py      its gradient, up to 256 rows
+    band.py              the last `window` keys, and the gradient up to 128
+    band_ring.py         the gradient for wider windows
+    fixed.py             own blocks, summaries of earlier ones, or both
+    fixed_kernels.py     the kernels of fixed.py
+    tiles.py             what the kernels share
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import re
+from typing import Any
+
+import jax
+import numpy as np
+
+from sparse_flax.attention import heads
+from sparse_flax.attention.patterns import (
+    Blocks,
+    Fixed,
+    Pattern,
+    PerHead,
+    Summaries,
+)
+
+OLDEST_JAX = (0, 11)
+DTYPES = ("bfloat16", "float16")
+WIDEST_HEAD = 128
+# Device kinds of compute capability 9: 'NVIDIA H200', 'NVIDIA H100 80GB HBM3', ...
+HOPPER = re.compile(r"\b(H100|H200|H800|H20|GH200)\b")
+
+
+def runs_on(device_kind: str) -> str | None:
+    """Return None on a Hopper GPU, else the sentence that says what this is."""
+    if HOPPER.search(device_kind):
+        return None
+    return (
+        "hopper needs an NVIDIA GPU of compute capability 9 (H100, H200), and this is "
+        f"{device_kind}"
+    )
+
+
+def supports(pattern: Pattern, q: Any, k: Any, v: Any) -> str | None:
+    """Return None, or the sentence that says why not.
+
+    Args:
+      pattern: any.
+      q, k, v: anything with the shape and dtype of arrays that fit `sparse_attention`.
+    """
+    if jax.__version_info__ < OLDEST_JAX:
+        return (
+            f"hopper needs jax {'.'.join(map(str, OLDEST_JAX))} or newer, and this is "
+            f"{jax.__version__}"
+        )
+    try:
+        importlib.import_module("jax.experimental.pallas.mosaic_gpu")
+    except ImportError as problem:
+        return f"hopper needs Pallas for Mosaic GPU, which does not load: {problem}"
+    if np.dtype(q.dtype).name not in DTYPES:
+        return (
+            f"hopper computes {' and '.join(DTYPES)}, not {q.dtype}; try q, k and v in "
+            "bfloat16"
+        )
+    widest = max(q.shape[3], v.shape[3])
+    if widest > WIDEST_HEAD:
+        return f"hopper takes heads up to {WIDEST_HEAD} wide, not {widest}"
+    if not isinstance(pattern, PerHead):
+        return _kernels(pattern).supports(pattern, q, k, v)
+    for head in range(min(q.shape[2], pattern.head_period)):
+        if why := supports(_of_head(pattern, head), q, k, v):
+            return why
+    return None
+
+
+def attend(
+    q_BTHK: jax.Array,
+    k_BTHK: jax.Array,
+    v_BTHV: jax.Array,
+    pattern: Pattern,
+    scale: float,
+    interpret: bool = False,
+) -> jax.Array:
+    """Return out_BTHV in v's dtype; `interpret` runs it on a CPU, for tests."""
+
+    if not isinstance(pattern, PerHead):
+        return _kernels(pattern).attend(
+            q_BTHK, k_BTHK, v_BTHV, pattern, scale, interpret
+        )
+
+    def run(q, k, v, head):
+        return attend(q, k, v, _of_head(pattern, head), scale, interpret)
+
+    return heads.by_period(run, q_BTHK, k_BTHK, v_BTHV, pattern.head_period)
+
+
+def _kernels(pattern: Pattern):
+    """The module with the kernels of a pattern; each has `supports` and `attend`."""
+    from sparse_flax.attention.hopper import fixed, strided
+
+    return fixed if isinstance(pattern, Fixed | Blocks | Summaries) else strided
+
+
+def _of_head(pattern: PerHead, head: int) -> Pattern:
+    """The pattern of one head, so that all heads of a call see the same."""
+    one = pattern.of_head(head)
+    if isinstance(one, PerHead):
+        return _of_head(one, head)
+    if isinstance(one, Fixed) and one.rotate:
+        return dataclasses.replace(one, offset=head % one.head_period, rotate=False)
+    return one

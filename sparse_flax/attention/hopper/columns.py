@@ -1,0 +1,191 @@
+"""Columns: queries and keys a multiple of the stride apart, a whole column on chip.
+
+On the free view (B, R, S*H, K) a column is a causal problem of R rows. A block loads
+one column, or as many neighbouring ones as fill 64 rows under a block-diagonal mask,
+and keeps it until all is done: each tensor crosses device memory once, both ways.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from sparse_flax.attention.hopper import tiles
+from sparse_flax.attention.hopper.tiles import LOG2E, M
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How columns of `rows` rows are put on blocks."""
+
+    rows: int  # R, a multiple of 8: 1024 bytes is what a swizzled copy must start at
+    pack: int  # columns in one tile
+    warpgroups: int  # packs in one block
+    blocks: int
+
+    @classmethod
+    def of(cls, rows: int, columns: int, most_warpgroups: int) -> Plan:
+        """Pack short columns; two packs a block where registers are few (measured)."""
+        pack = max(p for p in range(1, max(M // rows, 1) + 1) if columns % p == 0)
+        groups = columns // pack
+        warpgroups = most_warpgroups if groups % most_warpgroups == 0 else 1
+        return cls(rows, pack, warpgroups, groups // warpgroups)
+
+    @property
+    def tile_rows(self) -> int:
+        """Rows in shared memory: at least 64."""
+        return max(self.pack * self.rows, M)
+
+    @property
+    def filled(self) -> int:
+        """Rows of them that hold a column; the rest is zeroed."""
+        return self.pack * self.rows
+
+    def sees(self, i, j, i_new: int, j_new: int, strict: bool):
+        """Whether query row i sees key row j, and no tile pair before had the two."""
+        sees = i > j if strict else i >= j
+        if i_new:
+            sees = sees & (i >= i_new)
+        if j_new:
+            sees = sees & (j >= j_new)
+        if self.rows < M:
+            sees = sees & (i // self.rows == j // self.rows)
+        return sees
+
+    def fold_rows(self, x_BCR: jax.Array) -> jax.Array:
+        """(B, C, R) to a stretch of `tile_rows` a pack, as the kernels read it."""
+        x = x_BCR.reshape(x_BCR.shape[0], -1, self.filled)
+        x = jnp.pad(x, [(0, 0), (0, 0), (0, self.tile_rows - self.filled)])
+        return x.reshape(x.shape[0], -1)
+
+    def unfold_rows(self, x: jax.Array) -> jax.Array:
+        """Undo `fold_rows`."""
+        x = x.reshape(x.shape[0], -1, self.tile_rows)[:, :, : self.filled]
+        return x.reshape(x.shape[0], -1, self.rows)
+
+
+def forward(
+    q_BRCK: jax.Array,
+    k_BRCK: jax.Array,
+    v_BRCV: jax.Array,
+    scale: float,
+    *,
+    strict: bool,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Return (out_BRCV, lse_BCR); strict leaves out the query's own key."""
+    (B, R, C, K), V, dtype = q_BRCK.shape, v_BRCV.shape[-1], q_BRCK.dtype
+    group = C // k_BRCK.shape[2]
+    plan = Plan.of(R, C, 2 if R < M else 1)
+    rows, pack = plan.tile_rows, plan.pack
+    last_first = tiles.tiles_of(rows)[::-1]
+    # Then a finished tile leaves at once, through its own rows of q's buffer.
+    early = rows % M == 0 and K == V and plan.filled == rows
+
+    def body(q, k, v, out, lse, qs, ks, vs, qk_bar, v_bar):
+        b, w = lax.axis_index("b"), lax.axis_index("warpgroup")
+        block = lax.axis_index("block") * plan.warpgroups + w
+        first = block * pack
+        qs, ks, vs = qs.at[w], ks.at[w], vs.at[w]
+        if plan.filled < rows:
+            # Zeros, since a weight of 0 times what lies in memory may be NaN.
+            vs[...] = tiles.zeros(rows, V).astype(dtype)
+            plgpu.commit_smem()
+        for ref, buffer, bar, share in (
+            (q, qs, qk_bar, 1),
+            (k, ks, qk_bar, group),
+            (v, vs, v_bar, group),
+        ):
+            for p in range(pack):
+                column = ref.at[b, :, lax.div(first + p, share)]
+                plgpu.copy_gmem_to_smem(column, buffer.at[pl.ds(p * R, R)], bar.at[w])
+        plgpu.barrier_wait(qk_bar.at[w])
+
+        def attend(row, wait_for_v):
+            # Key tiles from 0 on, the last one at the query tile's own rows.
+            pairs, new = [], 0
+            while new < row + M:
+                pairs.append((min(new, row), new))
+                new = pairs[-1][0] + M
+            softmax = tiles.Softmax(V)
+            for at in range(0, len(pairs), 2):
+                some = pairs[at : at + 2]
+                queries = qs.at[pl.ds(row, M)]
+                scores = tiles.multiply(
+                    *((queries, ks.at[pl.ds(j, M)].transpose((1, 0))) for j, _ in some)
+                )
+                scores = [
+                    _mask(plan, s * (scale * LOG2E), row, *pair, strict)
+                    for s, pair in zip(scores, some, strict=True)
+                ]
+                values = [lambda j=j: vs.at[pl.ds(j, M)] for j, _ in some]
+                wait = wait_for_v and at == 0
+                softmax.add(
+                    scores,
+                    values,
+                    dtype,
+                    interpret,
+                    (lambda: plgpu.barrier_wait(v_bar.at[w])) if wait else None,
+                )
+            return softmax.finish(dtype)
+
+        def write_lse(row, y):
+            lse[b, pl.ds(block * rows + row, M)] = y
+
+        if early:
+            for n, (row, _) in enumerate(last_first):
+                x, y = attend(row, n == 0)
+                qs[pl.ds(row, M)] = x
+                write_lse(row, y)
+                plgpu.commit_smem()
+                size = min(M, R)
+                for p in range(pack):
+                    rows_out = out.at[b, pl.ds(row, size), first + p]
+                    tile = qs.at[pl.ds(row + p * R, size)]
+                    plgpu.copy_smem_to_gmem(tile, rows_out)
+        else:
+            done = [(row, attend(row, n == 0)) for n, (row, _) in enumerate(last_first)]
+            # The overlapping tile is written first, the whole one over it.
+            for row, (x, y) in done:
+                vs[pl.ds(row, M)] = x
+                write_lse(row, y)
+            plgpu.commit_smem()
+            for p in range(pack):
+                column = out.at[b, :, first + p]
+                plgpu.copy_smem_to_gmem(vs.at[pl.ds(p * R, R)], column)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    groups = plan.blocks * plan.warpgroups
+    out_BRCV, lse = tiles.launch(
+        body,
+        name="columns_forward",
+        out=(
+            jax.ShapeDtypeStruct((B, R, C, V), dtype),
+            jax.ShapeDtypeStruct((B, groups * rows), jnp.float32),
+        ),
+        scratch=[
+            tiles.swizzled((plan.warpgroups, rows, K), dtype),
+            tiles.swizzled((plan.warpgroups, rows, K), dtype),
+            tiles.swizzled((plan.warpgroups, rows, V), dtype),
+            plgpu.Barrier(num_arrivals=2 * pack, num_barriers=plan.warpgroups),
+            plgpu.Barrier(num_arrivals=pack, num_barriers=plan.warpgroups),
+        ],
+        grid={"b": B, "block": plan.blocks},
+        threads=plan.warpgroups,
+        interpret=interpret,
+    )(q_BRCK, k_BRCK, v_BRCV)
+    return out_BRCV, plan.unfold_rows(lse)
+
+
+def _mask(plan: Plan, s, row: int, key: int, key_new: int, strict: bool):
+    """Hide what lies after the query, was seen before, or is of another column."""
+    if key_new == key and key + M <= row and plan.rows >= M:
+        return s
+    i, j = tiles.positions(s, 0) + row, tiles.positions(s, 1) + key
+    j_new = key_new if key_new > key else 0
+    return jnp.where(plan.sees(i, j, 0, j_new, strict), s, -jnp.inf)

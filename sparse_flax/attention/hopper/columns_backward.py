@@ -1,0 +1,165 @@
+"""The gradient of columns of up to 128 rows: five products, all on chip at once."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from sparse_flax.attention.hopper import tiles
+from sparse_flax.attention.hopper.columns import Plan
+from sparse_flax.attention.hopper.tiles import LAYOUT, LOG2E, M
+
+
+def backward(
+    q_BRCK: jax.Array,
+    k_BRCK: jax.Array,
+    v_BRCV: jax.Array,
+    out_BRCV: jax.Array,
+    lse_BCR: jax.Array,
+    d_out_BRCV: jax.Array,
+    scale: float,
+    *,
+    strict: bool,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Return (dq, dk, dv, delta_BCR); dk and dv are one for each query head.
+
+    out and lse may be those of a union that the columns are a part of. delta is
+    rowsum(out * d_out), which the other part needs too. Scores are transposed, keys by
+    queries, so that P and dS are register operands for dv and dk; dS goes to shared
+    memory for dq, at the end.
+    """
+    (B, R, C, K), V, dtype = q_BRCK.shape, v_BRCV.shape[-1], q_BRCK.dtype
+    group = C // k_BRCK.shape[2]
+    plan = Plan.of(R, C, 1)
+    rows, pack = plan.tile_rows, plan.pack
+    each = tiles.tiles_of(rows)
+    pairs = [(a, t) for a in range(len(each)) for t in range(a, len(each))]
+    shared = _shares_memory(rows, V)
+
+    def body(*refs):
+        q, k, v, out, lse, d_out, dq, dk, dv, delta, qs, ks, vs, dos, dss, *rest = refs
+        os = dss if shared else rest.pop(0)
+        ls, es, out_bar, q_bar = rest
+        b, block = lax.axis_index("b"), lax.axis_index("block")
+        first = block * pack
+        if plan.filled < rows:
+            for buffer in (os, dos, qs, ks, vs):
+                width = buffer.shape[-1]
+                buffer[pl.ds(0, rows)] = tiles.zeros(rows, width).astype(dtype)
+            plgpu.commit_smem()
+        for ref, buffer, bar, share in (
+            (out, os, out_bar, 1),
+            (d_out, dos, out_bar, 1),
+            (q, qs, q_bar, 1),
+            (k, ks, q_bar, group),
+            (v, vs, q_bar, group),
+        ):
+            for p in range(pack):
+                column = ref.at[b, :, lax.div(first + p, share)]
+                plgpu.copy_gmem_to_smem(column, buffer.at[pl.ds(p * R, R)], bar)
+        # One copy for the whole pack: it must start at a multiple of 128 bytes.
+        plgpu.copy_gmem_to_smem(lse.at[b, pl.ds(block * rows, rows)], ls, out_bar)
+        plgpu.barrier_wait(out_bar)
+        for row, _ in each:
+            x = plgpu.load(os.at[pl.ds(row, M)], layout=LAYOUT).astype(jnp.float32)
+            y = plgpu.load(dos.at[pl.ds(row, M)], layout=LAYOUT).astype(jnp.float32)
+            d = (x * y).sum(axis=1)
+            es[pl.ds(row, M)] = d
+            delta[b, pl.ds(block * rows + row, M)] = d
+        plgpu.barrier_wait(q_bar)
+
+        def slot(a, t):
+            return dss.at[pl.ds(pairs.index((a, t)) * M, M)]
+
+        def keys_of(a):
+            """Sum up dk and dv of key tile a, from the query tiles at or after it."""
+            key, key_new = each[a]
+            sums = (tiles.zeros(M, V), tiles.zeros(M, K))
+            for t in range(a, len(each)):
+                query, query_new = each[t]
+                queries, d_outs = qs.at[pl.ds(query, M)], dos.at[pl.ds(query, M)]
+                s, dp = tiles.multiply(
+                    (ks.at[pl.ds(key, M)], queries.transpose((1, 0))),
+                    (vs.at[pl.ds(key, M)], d_outs.transpose((1, 0))),
+                )
+                by_query = LAYOUT.reduce(0)
+                l = plgpu.load(ls.at[pl.ds(query, M)], layout=by_query) * LOG2E
+                e = plgpu.load(es.at[pl.ds(query, M)], layout=by_query)
+                s = s * (scale * LOG2E) - tiles.per_column(l, s)
+                if a == t or query_new > query or key_new > key:
+                    j = tiles.positions(s, 0) + key
+                    i = tiles.positions(s, 1) + query
+                    i_new = query_new if query_new > query else 0
+                    j_new = key_new if key_new > key else 0
+                    s = jnp.where(plan.sees(i, j, i_new, j_new, strict), s, -jnp.inf)
+                p = jnp.exp2(s)
+                ds = (p * (dp - tiles.per_column(e, dp))).astype(dtype)
+                slot(a, t)[...] = ds
+                products = [
+                    (0, p.astype(dtype), lambda at=query: dos.at[pl.ds(at, M)]),
+                    (1, ds, lambda at=query: qs.at[pl.ds(at, M)]),
+                ]
+                sums = tiles.accumulate(sums, products, interpret)
+            return key, sums[0].astype(dtype), (sums[1] * scale).astype(dtype)
+
+        done = [keys_of(a) for a in range(len(each))]
+        # Nothing reads v and q any more: they carry dv and dk out.
+        for key, x, y in reversed(done):
+            vs[pl.ds(key, M)] = x
+            qs[pl.ds(key, M)] = y
+        plgpu.commit_smem()
+        for p in range(pack):
+            mine = pl.ds(p * R, R)
+            plgpu.copy_smem_to_gmem(vs.at[mine], dv.at[b, :, first + p])
+            plgpu.copy_smem_to_gmem(qs.at[mine], dk.at[b, :, first + p])
+        done = []
+        for t, (query, _) in enumerate(each):
+            (x,) = tiles.multiply(
+                [
+                    (slot(a, t).transpose((1, 0)), ks.at[pl.ds(each[a][0], M)])
+                    for a in range(t + 1)
+                ]
+            )
+            done.append((query, (x * scale).astype(dtype)))
+        for query, x in reversed(done):
+            ks[pl.ds(query, M)] = x
+        plgpu.commit_smem()
+        for p in range(pack):
+            plgpu.copy_smem_to_gmem(ks.at[pl.ds(p * R, R)], dq.at[b, :, first + p])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    wide, value = tiles.swizzled((rows, K), dtype), tiles.swizzled((rows, V), dtype)
+    row_values = plgpu.SMEM((rows,), jnp.float32)
+    like_k = jax.ShapeDtypeStruct((B, R, C, K), dtype)
+    dq, dk, dv, delta = tiles.launch(
+        body,
+        name="columns_backward",
+        out=(
+            like_k,
+            like_k,
+            jax.ShapeDtypeStruct((B, R, C, V), dtype),
+            jax.ShapeDtypeStruct((B, plan.blocks * rows), jnp.float32),
+        ),
+        scratch=[
+            *(wide, wide, value, value),
+            tiles.swizzled((len(pairs) * M, M), dtype),
+            *(() if shared else (value,)),
+            *(row_values, row_values),
+            plgpu.Barrier(num_arrivals=2 * pack + 1),
+            plgpu.Barrier(num_arrivals=3 * pack),
+        ],
+        grid={"b": B, "block": plan.blocks},
+        threads=1,
+        interpret=interpret,
+    )(q_BRCK, k_BRCK, v_BRCV, out_BRCV, plan.fold_rows(lse_BCR), d_out_BRCV)
+    return dq, dk, dv, plan.unfold_rows(delta)
+
+
+def _shares_memory(rows: int, values_width: int) -> bool:
+    """Whether out fits where dS will be: it is dead before the first dS is made."""
+    n = len(tiles.tiles_of(rows))
+    return values_width == M and rows <= n * (n + 1) // 2 * M

@@ -1,0 +1,179 @@
+"""What the kernels share: 64-row tiles, matrix products, masks, and the launch.
+
+A kernel here is one block of one or two warpgroups. Operands come by TMA copies into
+swizzled shared memory, products are `wgmma`s over 64 x 64 tiles, and the softmax runs
+in registers in powers of two.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+LOG2E = math.log2(math.e)
+M = 64  # rows of one wgmma, and the least contraction under a 128-byte swizzle
+SHARED_MEMORY = 227 * 1024  # bytes that one block may have on Hopper
+
+# Stands for the log-sum-exp of a row without keys: minus infinity would give NaN.
+EMPTY = -1e30
+LAYOUT = plgpu.Layout.WGMMA
+
+
+def swizzled(shape: tuple[int, ...], dtype):
+    """Shared memory as wgmma and TMA want it; the last dimension in 64s."""
+    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def zeros(rows: int, columns: int) -> jax.Array:
+    """A float32 accumulator in registers."""
+    return plgpu.layout_cast(jnp.zeros((rows, columns), jnp.float32), LAYOUT)
+
+
+def per_row(x: jax.Array, tile: jax.Array) -> jax.Array:
+    """Repeat a value a row over the columns of a tile."""
+    return lax.broadcast_in_dim(x, tile.shape, [0])
+
+
+def per_column(x: jax.Array, tile: jax.Array) -> jax.Array:
+    """Repeat a value a column over the rows of a tile."""
+    return lax.broadcast_in_dim(x, tile.shape, [1])
+
+
+def positions(tile: jax.Array, dimension: int) -> jax.Array:
+    """The row (0) or column (1) number of every entry."""
+    return plgpu.broadcasted_iota(jnp.int32, tile.shape, dimension, layout=LAYOUT)
+
+
+def multiply(*pairs) -> list[jax.Array]:
+    """Return a @ b for each pair of shared-memory operands, issued together.
+
+    A pair may be a list of pairs, whose products are summed.
+    """
+    sums = [pair if isinstance(pair, list) else [pair] for pair in pairs]
+
+    def body(refs):
+        for ref, products in zip(refs, sums, strict=True):
+            for a, b in products:
+                plgpu.wgmma(ref, a, b)
+        return [ref[...] for ref in refs]
+
+    shapes = [(M, products[0][1].shape[1]) for products in sums]
+    return pl.run_scoped(body, [plgpu.ACC(shape, jnp.float32) for shape in shapes])
+
+
+def accumulate(
+    sums: Sequence[jax.Array],
+    products: Sequence[tuple[int, jax.Array, Callable]],
+    interpret: bool,
+) -> tuple[jax.Array, ...]:
+    """Return the sums, a @ b() added to the i-th for each (i, a, b) of `products`.
+
+    a is in registers, b() in shared memory: a function, since a reference that is
+    indexed outside of the state it is used in does not lower.
+    """
+    if interpret:  # the interpreter knows no wgmma with a in registers
+        sums = list(sums)
+        for i, a, b in products:
+            b = b()[...].astype(jnp.float32)
+            sums[i] = sums[i] + jnp.dot(a.astype(jnp.float32), b)
+        return tuple(sums)
+
+    def body(refs):
+        for i, a, b in products:
+            plgpu.wgmma(refs[i], a, b())
+
+    return pl.run_state(body)(tuple(plgpu.ACC.init(x) for x in sums))
+
+
+def tiles_of(rows: int) -> list[tuple[int, int]]:
+    """(first row, first row no tile before has) of the 64-row tiles that cover `rows`.
+
+    Where rows is no multiple of 64, the last tile overlaps its neighbour: no padding,
+    and no shared memory for it.
+    """
+    return [(min(row, rows - M), row) for row in range(0, rows, M)]
+
+
+class Softmax:
+    """A softmax over keys that come in pieces, for 64 query rows, in registers.
+
+    `maximum` is in powers of two; start from another part's (out, log-sum-exp), or
+    from nothing.
+    """
+
+    def __init__(self, values_width: int, out=None, lse=None):
+        self.width = values_width
+        self.out = out
+        self.maximum = self.total = None
+        if lse is not None:
+            # EMPTY * LOG2E - maximum may be contracted to a multiply-add, whose
+            # rounding residue (1e22) would make exp2 infinite: keep EMPTY away.
+            self.maximum = jnp.maximum(lse * LOG2E, -1e20)
+            self.total = jnp.ones_like(self.maximum)
+
+    def add(self, scores, values, dtype, interpret, before_values=None):
+        """Take in scaled scores [64, 64] (-inf if not seen), each with its values."""
+        top = functools.reduce(jnp.maximum, [s.max(axis=1) for s in scores])
+        if self.maximum is None:
+            top = jnp.maximum(top, EMPTY)
+            self.total, self.out = jnp.zeros_like(top), zeros(M, self.width)
+        else:
+            top = jnp.maximum(self.maximum, top)
+            shrink = jnp.exp2(self.maximum - top)
+            self.total = self.total * shrink
+            self.out = self.out * per_row(shrink, self.out)
+        self.maximum = top
+        weights = [jnp.exp2(s - per_row(top, s)) for s in scores]
+        for w in weights:
+            self.total = self.total + w.sum(axis=1)
+        weights = [w.astype(dtype) for w in weights]
+        if before_values is not None:
+            before_values()
+        pairs = [(0, w, v) for w, v in zip(weights, values, strict=True)]
+        (self.out,) = accumulate((self.out,), pairs, interpret)
+
+    def finish(self, dtype):
+        """Return (out, natural log-sum-exp); out 0 and EMPTY for a row without keys."""
+        some = self.total > 0
+        total = jnp.where(some, self.total, 1.0)
+        lse = (jnp.where(some, self.maximum, EMPTY) + jnp.log2(total)) * (1 / LOG2E)
+        return (self.out / per_row(total, self.out)).astype(dtype), lse
+
+
+def launch(body, *, out, scratch, grid, threads, interpret, name):
+    """A Mosaic GPU kernel over `grid`; its last axis runs fastest."""
+    kernel = plgpu.kernel(
+        body,
+        out_type=out,
+        scratch_types=scratch,
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=threads,
+        thread_name="warpgroup",
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name=name,
+    )
+    return keeps_axes(kernel)
+
+
+def keeps_axes(kernel: Callable) -> Callable:
+    """Give a kernel's results back what it forgets: the axes of a shard_map that its
+    first operand varies over.
+    """
+
+    def run(*operands):
+        kind = jax.typeof(operands[0])
+        # `vma` is its name in jax 0.11.0.
+        varying = kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
+        return jax.lax.pcast(kernel(*operands), tuple(sorted(varying)), to="varying")
+
+    return run

@@ -1,0 +1,53 @@
+"""The benchmarks' own code, on problems that a CPU does in seconds."""
+
+import json
+
+import pytest
+
+from benchmarks import attention, tables
+from sparse_flax.attention import Dense, Local
+
+
+def test_attention_rows_and_table(monkeypatch, tmp_path, capsys):
+    tiny = {"enwik8": ((1, 64, 2, 8, 8), [Local(8)])}
+    monkeypatch.setattr(attention, "CASES", tiny)
+    out = tmp_path / "rows.json"
+    attention.one_process(["enwik8"], 1, str(out))
+    assert "1/1 | enwik8 Local(window=8) gathered" in capsys.readouterr().out
+    (row,) = json.loads(out.read_text())
+    assert 0 < row["fwd_ms"] and 0 < row["fwdbwd_ms"] and 1e-4 < row["error"] < 1e-2
+    others = [{**row, "fwd_ms": 1.0}, {**row, "fwd_ms": 3.0}, {**row, "fwd_ms": 2.0}]
+    rows = attention.combine([[x] for x in others])
+    assert rows[0]["fwd_ms"] == 2.0
+    result = {"hardware": "1 x it", "versions": {"jax": "9"}, "processes": 3}
+    table = tables.attention_table(result | {"rows": rows})
+    assert f"| enwik8 | `Local(window=8)` | 2 / {row['fwdbwd_ms']:.3g} |" in table
+    assert table.endswith("medians of 3 processes. On 1 x it (jax 9).")
+
+
+def test_a_gpu_is_asked_for_every_implementation_and_dense_cudnn():
+    named = {name for _, _, name in attention.todo(["enwik8"], "NVIDIA H200")}
+    assert {"gathered", attention.CUDNN} <= named and "reference" not in named
+    assert attention.CUDNN not in {name for *_, name in attention.todo(["long"], "cpu")}
+    # cuDNN takes no values wider than its keys.
+    half = attention.todo(["cifar10_half"], "NVIDIA H200")
+    assert Dense() not in [pattern for _, pattern, _ in half]
+
+
+def test_train_step_table():
+    row = {"model": "enwik8", "pattern": "Strided(128)", "batch_size": 8}
+    row |= {"dropout": 0.4, "remat": "none", "tokens_per_s": 123456.7}
+    row |= {"step_ms": 98.76, "mfu": 0.5, "memory_gb": 12.34}
+    result = {"hardware": "it", "versions": {"jax": "9"}, "rows": [row]}
+    assert (
+        "| enwik8 | `Strided(128)` | 8 | 0.4 | none | 123,457 | 98.8 | 50.0% | 12.3 |"
+    ) in tables.train_step_table(result)
+
+
+def test_tables_go_between_their_markers():
+    text = "a\n<!-- table one -->\nold\n<!-- end -->\nb\n"
+    filled = tables.fill(text, {"one": "new"})
+    assert filled == text.replace("old", "new") == tables.fill(filled, {"one": "new"})
+    with pytest.raises(SystemExit, match="'one', which is none of two"):
+        tables.fill(text, {"two": "new"})
+    assert tables.fill("no table", tables.tables()) == "no table"
