@@ -11,7 +11,10 @@ def _wants_gpu() -> bool:
     return "-mgpu" in sys.argv or ("-m", "gpu") in given
 
 
-if not _wants_gpu():
+# Workers of pytest-xdist are started with other arguments, but this environment.
+if _wants_gpu() or "SPARSE_FLAX_TESTS_ON_GPU" in os.environ:
+    os.environ["SPARSE_FLAX_TESTS_ON_GPU"] = "1"
+else:
     os.environ["JAX_PLATFORMS"] = "cpu"
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_force_host_platform_device_count" not in flags:

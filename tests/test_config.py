@@ -20,7 +20,7 @@ from sparse_flax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 PRESETS = {"enwik8": ["shared"], "imagenet64": ["302m"]}
-PRESETS |= {"books": ["shared"], "text8": ["shared"]}
+PRESETS |= {"books": ["shared", "short"], "text8": ["shared"]}
 ALL = [
     (path.stem, preset)
     for path in sorted((ROOT / "configs").glob("*.py"))

@@ -317,7 +317,16 @@ def slots(T: int, walk: Walk, tiles: Tiles) -> int:
 
 
 def summary_gradients(
-    q_BTHK, k_BTHK, v_BTHK, d_out_BTHK, lse_BHT, delta_BHT, walk, scale, tiles, interpret=False
+    q_BTHK,
+    k_BTHK,
+    v_BTHK,
+    d_out_BTHK,
+    lse_BHT,
+    delta_BHT,
+    walk,
+    scale,
+    tiles,
+    interpret=False,
 ):
     """Return dk and dv of the summary keys, [B, slots, H, width], slot 0 in row 64.
 
@@ -443,7 +452,17 @@ def column_slopes(p, dp, delta):
 
 
 def block_gradients(
-    q_BTHK, k_BTHK, v_BTHK, d_out_BTHK, lse_BHT, delta_BHT, summed, walk, scale, tiles, interpret=False
+    q_BTHK,
+    k_BTHK,
+    v_BTHK,
+    d_out_BTHK,
+    lse_BHT,
+    delta_BHT,
+    summed,
+    walk,
+    scale,
+    tiles,
+    interpret=False,
 ):
     """Return dq, dk and dv; `summed` is what summary_gradients returned, or None.
 
