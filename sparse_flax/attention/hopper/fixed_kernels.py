@@ -73,7 +73,7 @@ class Tiles:
     columns: int = 64
     stages: int = 4
     lag: int = 2
-    held: bool = True
+    held: bool = False
 
 
 def swizzled(shape, dtype):
@@ -145,8 +145,9 @@ def ring(issue, free, total, tiles):
     """
 
     def start():
-        for j in range(tiles.stages):
-            pl.when(j < total)(functools.partial(issue, jnp.int32(j), j))
+        @pl.loop(0, jnp.minimum(total, tiles.stages))
+        def _(j):
+            issue(j, j)
 
     def refill(j):
         used = j - tiles.lag
@@ -314,7 +315,16 @@ def slots(T: int, walk: Walk, tiles: Tiles) -> int:
 
 
 def summary_gradients(
-    q_BTHK, k_BTHK, v_BTHK, d_out_BTHK, lse_BHT, delta_BHT, walk, scale, tiles, interpret=False
+    q_BTHK,
+    k_BTHK,
+    v_BTHK,
+    d_out_BTHK,
+    lse_BHT,
+    delta_BHT,
+    walk,
+    scale,
+    tiles,
+    interpret=False,
 ):
     """Return dk and dv of the summary keys, [B, slots, H, width], slot 0 in row 64.
 
@@ -440,7 +450,17 @@ def column_slopes(p, dp, delta):
 
 
 def block_gradients(
-    q_BTHK, k_BTHK, v_BTHK, d_out_BTHK, lse_BHT, delta_BHT, summed, walk, scale, tiles, interpret=False
+    q_BTHK,
+    k_BTHK,
+    v_BTHK,
+    d_out_BTHK,
+    lse_BHT,
+    delta_BHT,
+    summed,
+    walk,
+    scale,
+    tiles,
+    interpret=False,
 ):
     """Return dq, dk and dv; `summed` is what summary_gradients returned, or None.
 
@@ -569,7 +589,7 @@ def block_gradients(
         plgpu.barrier_wait(done)
         # Nobody reads the ring any more, nor another's own keys: they carry results.
         # dk and dv are made one after the other, for want of registers.
-        leave(acc * scale, ks.at[w], dq)
+        leave(acc * scale, ks.at[w, pl.ds(0, ROWS)], dq)
         x = lax.fori_loop(w, until, own_dk, zeros(ROWS, K)) * scale
         leave(x + from_summaries(sum_k) if C else x, own_v.at[w], dk)
         x = lax.fori_loop(w, until, own_dv, zeros(ROWS, K))
