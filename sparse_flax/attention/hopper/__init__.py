@@ -1,0 +1,1 @@
+"""NVIDIA Hopper: Pallas Mosaic GPU kernels."""
