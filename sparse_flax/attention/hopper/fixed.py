@@ -97,7 +97,11 @@ class Plan:
 
     @classmethod
     def of(cls, pattern: Pattern, width: int, scale: float, interpret: bool) -> Plan:
-        """Read the walk off a pattern; the tiles are the fastest seen on an H100."""
+        """Read the walk off a pattern, and choose the tiles.
+
+        Those of width 64 are the fastest seen on an H100 at 12,288 tokens, block 128
+        and summary 32; those of width 128 are what fits.
+        """
         walk = Walk(
             pattern.block,
             getattr(pattern, "summary", 0),

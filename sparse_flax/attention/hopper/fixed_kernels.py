@@ -1,11 +1,11 @@
 """Mosaic GPU kernels for Hopper: attention to the own block and to earlier summaries.
 
-Forward: a block of threads takes 64 query rows a warpgroup and walks the summary keys of
-all earlier blocks in tiles, which stream through a ring of buffers; then the own block.
-Backward: `summary_gradients` walks the later queries of a tile of summary keys;
-`block_gradients` walks as the forward does for dq, and makes dk and dv of the own block,
-which no other block of threads touches, adding those of its summary rows. So each
-gradient has one writer: no atomics, and the same bits every time.
+Forward: a block of threads takes 64 query rows a warpgroup and walks the summary keys
+of all earlier blocks in tiles, which stream through a ring of buffers; then the own
+block. Backward: `summary_gradients` walks the later queries of a tile of summary keys;
+`block_gradients` walks as the forward does for dq, and makes dk and dv of the own
+block, which no other block of threads touches, adding those of its summary rows. So
+each gradient has one writer: no atomics, and the same bits every time.
 
 Summary keys are numbered by slot: slot = block * summary + place in the slice. Tiles of
 slots are copied straight out of k and v, a piece of a slice at a time.
@@ -67,15 +67,13 @@ class Tiles:
     """What is tuned: warpgroups, keys (or queries) of a tile, buffers of the ring.
 
     A buffer is filled again `lag` steps after its use: the warpgroup that loads waits
-    for the slowest one only when it is so many steps ahead. held: the operands that a
-    warpgroup keeps wait in registers, not in shared memory.
+    for the slowest one only when it is so many steps ahead.
     """
 
     warpgroups: int = 2
     columns: int = 64
     stages: int = 4
     lag: int = 2
-    held: bool = True
 
 
 def swizzled(shape, dtype):
@@ -84,23 +82,23 @@ def swizzled(shape, dtype):
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-def per_row(x, shape):
+def _per_row(x, shape):
     return lax.broadcast_in_dim(x, shape, [0])
 
 
-def per_column(x, shape):
+def _per_column(x, shape):
     return lax.broadcast_in_dim(x, shape, [1])
 
 
-def zeros(rows, columns):
+def _zeros(rows, columns):
     return plgpu.layout_cast(jnp.zeros((rows, columns), jnp.float32), LAYOUT)
 
 
-def iota(shape, axis):
+def _iota(shape, axis):
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=LAYOUT)
 
 
-def turned(ref):
+def _turned(ref):
     return ref.transpose((1, 0))
 
 
@@ -111,7 +109,7 @@ def products(pairs, interpret):
 
     def run(accs):
         for acc, (a, b) in zip(accs, pairs, strict=True):
-            plgpu.wgmma(acc, a, turned(b))
+            plgpu.wgmma(acc, a, _turned(b))
         return [acc[...] for acc in accs]
 
     shapes = [(a.shape[0], b.shape[0]) for a, b in pairs]
@@ -135,10 +133,6 @@ def _dot(a, b):
     return jnp.dot(a.astype(jnp.float32), b.astype(jnp.float32))
 
 
-def operand(ref, tiles):
-    return plgpu.load(ref, layout=LAYOUT) if tiles.held else ref
-
-
 def ring(issue, free, total, tiles):
     """Return (start, refill, release) that keep a ring of `tiles.stages` buffers full.
 
@@ -147,8 +141,9 @@ def ring(issue, free, total, tiles):
     """
 
     def start():
-        for j in range(tiles.stages):
-            pl.when(j < total)(functools.partial(issue, jnp.int32(j), j))
+        @pl.loop(0, jnp.minimum(total, tiles.stages))
+        def _(j):
+            issue(j, j)
 
     def refill(j):
         used = j - tiles.lag
@@ -227,7 +222,7 @@ def forward(q_BTHK, k_BTHK, v_BTHK, walk: Walk, scale, tiles: Tiles, interpret=F
                 plgpu.copy_gmem_to_smem(v.at[at], own_v.at[i], own_bar)
 
         plgpu.barrier_wait(q_bar.at[w])
-        queries = operand(qs.at[w], tiles)
+        queries = qs.at[w]
 
         def attend(carry, keys, values, mask):
             acc, top, total = carry
@@ -235,9 +230,9 @@ def forward(q_BTHK, k_BTHK, v_BTHK, walk: Walk, scale, tiles: Tiles, interpret=F
             s = mask(s)
             new = jnp.maximum(top, s.max(axis=1) * factor)
             shrink = jnp.exp2(top - new)
-            p = jnp.exp2(s * factor - per_row(new, s.shape))
+            p = jnp.exp2(s * factor - _per_row(new, s.shape))
             total = total * shrink + p.sum(axis=1)
-            acc = acc * per_row(shrink, acc.shape)
+            acc = acc * _per_row(shrink, acc.shape)
             (acc,) = add_products([acc], [(p.astype(dtype), values)], interpret)
             return acc, new, total
 
@@ -250,7 +245,7 @@ def forward(q_BTHK, k_BTHK, v_BTHK, walk: Walk, scale, tiles: Tiles, interpret=F
                 def mask(s):
                     if not masked:
                         return s
-                    return jnp.where(iota(s.shape, 1) < mine * C - j * N, s, -jnp.inf)
+                    return jnp.where(_iota(s.shape, 1) < mine * C - j * N, s, -jnp.inf)
 
                 carry = attend(carry, ks.at[slot], lambda: vs.at[slot], mask)
                 release(j)
@@ -260,8 +255,8 @@ def forward(q_BTHK, k_BTHK, v_BTHK, walk: Walk, scale, tiles: Tiles, interpret=F
 
         def own_block(a, carry):
             def mask(s):
-                i = iota(s.shape, 0) + (row - first * S - a * ROWS)
-                j = iota(s.shape, 1)
+                i = _iota(s.shape, 0) + (row - first * S - a * ROWS)
+                j = _iota(s.shape, 1)
                 return jnp.where(i == j if walk.self_only else i >= j, s, -jnp.inf)
 
             return attend(carry, own_k.at[a], lambda: own_v.at[a], mask)
@@ -270,7 +265,7 @@ def forward(q_BTHK, k_BTHK, v_BTHK, walk: Walk, scale, tiles: Tiles, interpret=F
         top, total_p = (
             plgpu.layout_cast(row_vector(x), LAYOUT.reduce(1)) for x in (LOWEST, 0.0)
         )
-        carry = (zeros(ROWS, K), top, total_p)
+        carry = (_zeros(ROWS, K), top, total_p)
         if C:
             carry = lax.fori_loop(0, whole, summaries(masked=False), carry)
             carry = lax.fori_loop(whole, total, summaries(masked=True), carry)
@@ -279,7 +274,7 @@ def forward(q_BTHK, k_BTHK, v_BTHK, walk: Walk, scale, tiles: Tiles, interpret=F
         since = place if walk.self_only else lax.div((mine - first) * S, ROWS)
         acc, top, total_p = lax.fori_loop(since, place + 1, own_block, carry)
         lse[b, h, pl.ds(row, ROWS)] = (top + jnp.log2(total_p)) * (1 / LOG2E)
-        qs[w] = (acc * per_row(1 / total_p, acc.shape)).astype(dtype)
+        qs[w] = (acc * _per_row(1 / total_p, acc.shape)).astype(dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(qs.at[w], out.at[b, pl.ds(row, ROWS), h])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -369,7 +364,7 @@ def summary_gradients(
             plgpu.copy_gmem_to_smem(v.at[at], vs.at[w, to], kv_bar.at[w])
         pl.when(w == 0)(start)
         plgpu.barrier_wait(kv_bar.at[w])
-        keys, values = operand(ks.at[w], tiles), operand(vs.at[w], tiles)
+        keys, values = ks.at[w], vs.at[w]
 
         def walked(needed, masked=False):
             def step(j, carry):
@@ -382,7 +377,7 @@ def summary_gradients(
                         if not masked:
                             return s
                         seen = lax.div(begin + j, per_block) * C - mine
-                        return jnp.where(iota(s.shape, 0) < seen, s, -jnp.inf)
+                        return jnp.where(_iota(s.shape, 0) < seen, s, -jnp.inf)
 
                     carry = add_key_gradients(
                         carry,
@@ -398,7 +393,7 @@ def summary_gradients(
 
             return step
 
-        sums = (zeros(ROWS, K), zeros(ROWS, K))
+        sums = (_zeros(ROWS, K), _zeros(ROWS, K))
         lax.fori_loop(0, since - begin, walked(needed=False), 0)
         sums = lax.fori_loop(since - begin, whole - begin, walked(True, True), sums)
         sums = lax.fori_loop(whole - begin, end - begin, walked(True), sums)
@@ -435,20 +430,20 @@ def add_key_gradients(sums, own, others, mask, factor, dtype, interpret):
     """Add to (dk / scale, dv) of the own keys what a tile of queries gives."""
     queries, d_out, lse, delta = others
     s, dp = products(list(zip(own, (queries, d_out), strict=True)), interpret)
-    p = column_weights(mask(s), lse, factor)
-    ds = column_slopes(p, dp, delta).astype(dtype)
+    p = _column_weights(mask(s), lse, factor)
+    ds = _column_slopes(p, dp, delta).astype(dtype)
     pairs = [(ds, lambda: queries), (p.astype(dtype), lambda: d_out)]
     return tuple(add_products(sums, pairs, interpret))
 
 
-def column_weights(s, lse, factor):
+def _column_weights(s, lse, factor):
     lse = plgpu.load(lse, layout=LAYOUT.reduce(0)) * LOG2E
-    return jnp.exp2(s * factor - per_column(lse, s.shape))
+    return jnp.exp2(s * factor - _per_column(lse, s.shape))
 
 
-def column_slopes(p, dp, delta):
+def _column_slopes(p, dp, delta):
     delta = plgpu.load(delta, layout=LAYOUT.reduce(0))
-    return p * (dp - per_column(delta, dp.shape))
+    return p * (dp - _per_column(delta, dp.shape))
 
 
 def block_gradients(
@@ -509,15 +504,15 @@ def block_gradients(
         if C:
             pl.when(w == 0)(start)
         plgpu.barrier_wait(own_bar)
-        queries, d_outs_held = operand(qs.at[w], tiles), operand(d_outs.at[w], tiles)
+        queries, d_outs_held = qs.at[w], d_outs.at[w]
         lse_row = plgpu.load(lses.at[w], layout=LAYOUT.reduce(1)) * LOG2E
         delta_row = plgpu.load(deltas.at[w], layout=LAYOUT.reduce(1))
 
         def add_query_gradients(acc, keys, values, mask):
             pairs = [(queries, keys()), (d_outs_held, values())]
             s, dp = products(pairs, interpret)
-            p = jnp.exp2(mask(s) * factor - per_row(lse_row, s.shape))
-            ds = (p * (dp - per_row(delta_row, dp.shape))).astype(dtype)
+            p = jnp.exp2(mask(s) * factor - _per_row(lse_row, s.shape))
+            ds = (p * (dp - _per_row(delta_row, dp.shape))).astype(dtype)
             return add_products([acc], [(ds, keys)], interpret)[0]
 
         def summaries(masked):
@@ -529,7 +524,7 @@ def block_gradients(
                 def mask(s):
                     if not masked:
                         return s
-                    return jnp.where(iota(s.shape, 1) < mine * C - j * N, s, -jnp.inf)
+                    return jnp.where(_iota(s.shape, 1) < mine * C - j * N, s, -jnp.inf)
 
                 keys, values = lambda: ks.at[slot], lambda: vs.at[slot]
                 acc = add_query_gradients(acc, keys, values, mask)
@@ -539,8 +534,8 @@ def block_gradients(
             return step
 
         def causal(s, keys, queries, key_tile, query_tile):
-            i = iota(s.shape, queries) + query_tile * ROWS
-            j = iota(s.shape, keys) + key_tile * ROWS
+            i = _iota(s.shape, queries) + query_tile * ROWS
+            j = _iota(s.shape, keys) + key_tile * ROWS
             return jnp.where(i == j if walk.self_only else i >= j, s, -jnp.inf)
 
         def own_queries(a, acc):
@@ -554,11 +549,11 @@ def block_gradients(
             pairs = [(own_k.at[w], qs.at[t]), (own_v.at[w], d_outs.at[t])]
             s, *dp = products(pairs[: 1 + with_values], interpret)
             s = causal(s, keys=0, queries=1, key_tile=w, query_tile=t)
-            return column_weights(s, lses.at[t], factor), *dp
+            return _column_weights(s, lses.at[t], factor), *dp
 
         def own_dk(t, dk):
             p, dp = own_key_scores(t, True)
-            ds = column_slopes(p, dp, deltas.at[t]).astype(dtype)
+            ds = _column_slopes(p, dp, deltas.at[t]).astype(dtype)
             return add_products([dk], [(ds, lambda: qs.at[t])], interpret)[0]
 
         def own_dv(t, dv):
@@ -572,7 +567,7 @@ def block_gradients(
             at = jnp.clip(ROWS + mine * C + ahead, 0, ref.shape[1] - ROWS)
             at = (b, pl.ds(at, ROWS), h)
             x = plgpu.load(ref.at[at], layout=LAYOUT, optimized=False)
-            i = iota(x.shape, 0) + ahead
+            i = _iota(x.shape, 0) + ahead
             return jnp.where((i >= 0) & (i < C), x.astype(jnp.float32), 0.0)
 
         def leave(x, buffer, ref):
@@ -580,7 +575,7 @@ def block_gradients(
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(buffer, ref.at[b, here, h])
 
-        acc = zeros(ROWS, K)
+        acc = _zeros(ROWS, K)
         if C:
             acc = lax.fori_loop(0, whole, summaries(masked=False), acc)
             acc = lax.fori_loop(whole, total, summaries(masked=True), acc)
@@ -591,10 +586,10 @@ def block_gradients(
         plgpu.barrier_wait(done)
         # Nobody reads the ring any more, nor another's own keys: they carry results.
         # dk and dv are made one after the other, for want of registers.
-        leave(acc * scale, ks.at[w], dq)
-        x = lax.fori_loop(w, until, own_dk, zeros(ROWS, K)) * scale
+        leave(acc * scale, ks.at[w, pl.ds(0, ROWS)], dq)
+        x = lax.fori_loop(w, until, own_dk, _zeros(ROWS, K)) * scale
         leave(x + from_summaries(sum_k) if C else x, own_v.at[w], dk)
-        x = lax.fori_loop(w, until, own_dv, zeros(ROWS, K))
+        x = lax.fori_loop(w, until, own_dv, _zeros(ROWS, K))
         leave(x + from_summaries(sum_v) if C else x, own_k.at[w], dv)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
