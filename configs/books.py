@@ -28,7 +28,7 @@ def get_config(preset: str = "") -> ConfigDict:
     if preset == "short":
         # Two or three epochs of 90 MB: nothing to regularise, and no time to warm up.
         config.model.dropout = 0.0
-        config.model.remat = "none"
+        config.model.remat = "attention+mlp"
         config.model.embedding_std = 0.1
         config.optim.learning_rate = 1e-3
         config.optim.warmup_steps = 150

@@ -45,11 +45,14 @@ from sparse_flax.sharding import activation, batch_rows, whole
 START = 256  # the input before the first byte
 
 # What the backward pass of a block keeps besides its input; the rest is computed again.
+# `attention_out` and `attention_lse` are named inside of the fused kernels, which are
+# then not run again; plain attention (`gathered`) is.
+ATTENTION = ("qkv", "attention_out", "attention_lse", "residual")
 REMAT = {
     "none": None,  # keep everything, compute nothing again
     "full": (),
-    "qkv": ("qkv",),
-    "qkv+mlp": ("qkv", "mlp"),
+    "attention": ATTENTION,
+    "attention+mlp": (*ATTENTION, "mlp"),
 }
 INITS = ("code", "paper")
 
@@ -123,6 +126,7 @@ class Block(nnx.Module):
         )
         a_BTD = _project("BTHV,HVD->BTD", a_BTHV, self.out_HVD, self.out_bias_D)
         x_BTD = x_BTD + _dropout(a_BTD, config.dropout, keys[0])
+        x_BTD = checkpoint_name(x_BTD, "residual")
         h = _norm(x_BTD, self.norm2_scale_D, self.norm2_bias_D, 1e-5)
         f_BTF = _project("BTD,DF->BTF", h, self.up_DF, self.up_bias_F)
         f_BTF = quick_gelu(checkpoint_name(f_BTF, "mlp"))

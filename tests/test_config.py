@@ -231,7 +231,7 @@ def test_a_number_that_breaks_a_rule_gets_a_sentence_whose_advice_helps(
     [
         ("init", "codex", ["code", "paper"]),
         ("dtype", "float8", ["bfloat16", "float32"]),
-        ("remat", "some", ["none", "full", "qkv", "qkv+mlp"]),
+        ("remat", "some", ["none", "full", "attention", "attention+mlp"]),
         ("attention", "fast", ["", "gathered", "reference"]),
     ],
 )

@@ -319,7 +319,7 @@ def test_rematerialisation_changes_no_number():
         remat: loss_and_gradients(
             tiny(remat=remat, dropout=0.3, patterns=(Strided(4),)), some_inputs(), key
         )
-        for remat in ("none", "full", "qkv", "qkv+mlp")
+        for remat in ("none", "full", "attention", "attention+mlp")
     }
     loss, grads = results.pop("none")
     assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(grads))
@@ -340,9 +340,10 @@ def test_keeps_for_the_backward_pass_what_it_says():
             eqn.primitive.name == "dot_general" for eqn in equations(jaxpr.jaxpr)
         )
 
-    # The body of the scan has two blocks: q, k, v and up are computed again, or not.
-    full, qkv, mlp = map(products, ("full", "qkv", "qkv+mlp"))
-    assert (full - qkv, qkv - mlp) == (2 * 3, 2 * 1)
+    # The body of the scan has two blocks: q, k, v and out are computed again, or not;
+    # and so is up.
+    full, attention, mlp = map(products, ("full", "attention", "attention+mlp"))
+    assert (full - attention, attention - mlp) == (2 * 4, 2 * 1)
     assert products("none") < mlp
 
 
