@@ -238,9 +238,14 @@ class SparseTransformer(nnx.Module):
         return total.reshape(-1, D)[:T]
 
     def _run_blocks(self, x_BTD: jax.Array, keys_B: jax.Array | None) -> jax.Array:
-        """Scan over the pattern cycles, each block rematerialised on its own."""
+        """Scan over the pattern cycles, each block rematerialised on its own.
+
+        Without a loop where `unroll` reaches their number: nothing is then copied into
+        stacks over layers, and compiling takes longer.
+        """
         config, period = self.config, len(self.config.patterns)
         cycles = config.layers // period
+        is_loop = config.unroll < cycles
 
         def apply(x_BTD, block, layer, keys_B, pattern):
             layer_keys_B = None if keys_B is None else _fold_in(keys_B, layer)
@@ -250,7 +255,7 @@ class SparseTransformer(nnx.Module):
             apply = jax.checkpoint(
                 apply,
                 policy=jax.checkpoint_policies.save_only_these_names(*kept),
-                prevent_cse=False,  # a scan already keeps the two passes apart
+                prevent_cse=not is_loop,  # a scan keeps the two passes apart itself
                 static_argnums=(4,),
             )
 
@@ -265,7 +270,17 @@ class SparseTransformer(nnx.Module):
             lambda w: w.reshape(cycles, period, *w.shape[1:]), self.blocks
         )
         layers = jnp.arange(config.layers).reshape(cycles, period)
-        x_BTD, _ = jax.lax.scan(cycle, x_BTD, (blocks, layers), unroll=config.unroll)
+        if is_loop:
+            x_BTD, _ = jax.lax.scan(
+                cycle, x_BTD, (blocks, layers), unroll=config.unroll
+            )
+            return x_BTD
+        # Split, not indexed: the gradients are then put together once, not added up.
+        leaves, structure = jax.tree.flatten((blocks, layers))
+        for turn in zip(
+            *(jax.lax.split(x, (1,) * cycles) for x in leaves), strict=True
+        ):
+            x_BTD, _ = cycle(x_BTD, structure.unflatten([x[0] for x in turn]))
         return x_BTD
 
 

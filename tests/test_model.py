@@ -13,7 +13,7 @@ import pytest
 
 from sparse_flax import config as config_lib
 from sparse_flax import optim, state
-from sparse_flax.attention import Columns, Dense, Fixed, Strided, parse
+from sparse_flax.attention import Columns, Dense, Fixed, Local, Strided, parse
 from sparse_flax.config_checks import finalize
 from sparse_flax.evaluate import cross_entropy
 from sparse_flax.model import (
@@ -328,6 +328,21 @@ def test_rematerialisation_changes_no_number():
         for a, b in zip(
             jax.tree.leaves(other_grads), jax.tree.leaves(grads), strict=True
         ):
+            assert_close(a, b, 1e-5)
+
+
+@pytest.mark.parametrize("remat", ["none", "attention+mlp"])
+def test_unrolling_changes_no_number(remat):
+    args = some_inputs(), jax.random.key(4)
+    patterns = (Strided(4), Local(3))
+    looped, *unrolled = (
+        loss_and_gradients(
+            tiny(unroll=n, remat=remat, dropout=0.3, patterns=patterns, layers=8), *args
+        )
+        for n in (1, 3, 4)
+    )
+    for other in unrolled:
+        for a, b in zip(jax.tree.leaves(looped), jax.tree.leaves(other), strict=True):
             assert_close(a, b, 1e-5)
 
 
