@@ -255,7 +255,8 @@ class SparseTransformer(nnx.Module):
             apply = jax.checkpoint(
                 apply,
                 policy=jax.checkpoint_policies.save_only_these_names(*kept),
-                prevent_cse=not is_loop,  # a scan keeps the two passes apart itself
+                # A loop keeps the two passes apart by itself, if it holds all cycles.
+                prevent_cse=not is_loop or cycles % config.unroll > 0,
                 static_argnums=(4,),
             )
 
