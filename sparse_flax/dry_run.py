@@ -42,11 +42,11 @@ def run(config: ConfigDict, device: str | None = None, say: Say = print) -> bool
     found = memory.mesh_devices(math.prod(config.mesh[axis] for axis in MESH_AXES))
     budget = given or devices.here()
     config_lib.explain_attention(config)  # what is compiled here; or a sentence
-    show_costs(config, given and given.device, say)
+    show_costs(config, say, given and given.device)
     return show_memory(config, found, budget, say)
 
 
-def show_costs(config: ConfigDict, device_kind: str | None, say: Say) -> None:
+def show_costs(config: ConfigDict, say: Say, device_kind: str | None = None) -> None:
     """Print the parameters of a finalized configuration, and what a step costs.
 
     `device_kind` is for what attention runs; None: the device that is here.
