@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_flax.attention import Blocks, Fixed, Local, Summaries, reference
+from sparse_flax.attention import Blocks, Fixed, Summaries, hopper, reference
 
 if jax.__version_info__ < (0, 11):
     pytest.skip(
@@ -78,7 +78,6 @@ def test_vmap():
         (Fixed(128, 32), 64, "bfloat16", None),
         (Blocks(256), 64, "float16", None),
         (Summaries(64, 8), 128, "bfloat16", None),
-        (Local(8), 64, "bfloat16", "not for Local"),
         (Fixed(128, 32), 64, "float32", "in bfloat16"),
         (Fixed(128, 32), 256, "bfloat16", "up to 128 wide"),
         (Fixed(100, 32), 64, "bfloat16", "not 100; try 128"),
@@ -89,5 +88,5 @@ def test_vmap():
 )
 def test_supports(pattern, width, dtype, said):
     q = jax.ShapeDtypeStruct((1, 512, 2, width), dtype)
-    why = fixed.supports(pattern, q, q, q)
+    why = hopper.supports(pattern, q, q, q)
     assert why is None if said is None else said in why
