@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from sparse_flax.attention.hopper import fixed_kernels as kernels
-from sparse_flax.attention.hopper.fixed_kernels import ROWS, Tiles, Walk
+from sparse_flax.attention.hopper.fixed_kernels import Cut, Walk
 from sparse_flax.attention.hopper.layouts import fit, kept, over_batch, sum_groups, up
+from sparse_flax.attention.hopper.tiles import M
 from sparse_flax.attention.patterns import Blocks, Pattern, Summaries
 
 BLOCKS = (64, 128, 256)
@@ -28,7 +29,7 @@ LARGEST_WIDE_BLOCK = 128  # where K or V is over 64: what fits a block's memory
 def supports(pattern: Pattern, q: Any, k: Any, v: Any) -> str | None:
     """Return None, or the sentence that says what does not fit."""
     widest = max(q.shape[3], v.shape[3])
-    blocks = [x for x in BLOCKS if widest <= ROWS or x <= LARGEST_WIDE_BLOCK]
+    blocks = [x for x in BLOCKS if widest <= M or x <= LARGEST_WIDE_BLOCK]
     if pattern.block not in blocks:
         return _choice("block", pattern.block, blocks, f" at width {widest}")
     if isinstance(pattern, Blocks):
@@ -52,7 +53,7 @@ def attend(
     `interpret` runs the kernels on a CPU, for tests.
     """
     T, V = q_BTHK.shape[1], v_BTHV.shape[3]
-    plan = Plan.of(pattern, max(q_BTHK.shape[3], V), scale, interpret)
+    plan = FixedPlan.of(pattern, max(q_BTHK.shape[3], V), scale, interpret)
     # Zeros behind the last column change no product, and no real query sees the keys
     # behind the last token.
     T_padded = up(T, math.lcm(plan.walk.block, *plan.query_rows))
@@ -61,20 +62,22 @@ def attend(
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class FixedPlan:
     """What is attended to, and how the kernels are cut."""
 
     walk: Walk
     width: int
     scale: float
     interpret: bool
-    forward: Tiles
-    summaries: Tiles
-    blocks: Tiles
+    forward: Cut
+    summaries: Cut
+    blocks: Cut
 
     @classmethod
-    def of(cls, pattern: Pattern, width: int, scale: float, interpret: bool) -> Plan:
-        """Read the walk off a pattern, and choose the tiles.
+    def of(
+        cls, pattern: Pattern, width: int, scale: float, interpret: bool
+    ) -> FixedPlan:
+        """Read the walk off a pattern, and choose the cuts.
 
         Those of width 64 are the fastest seen on an H100 at 12,288 tokens, block 128
         and summary 32; those of width 128 are what fits.
@@ -86,26 +89,26 @@ class Plan:
             getattr(pattern, "rotate", False),
             self_only=isinstance(pattern, Summaries),
         )
-        width = up(width, ROWS)
-        if width > ROWS:
+        width = up(width, M)
+        if width > M:
             forward, summaries, blocks = (
-                Tiles(2, 64, 2, 1),
-                Tiles(2),
-                Tiles(2, 64, 2, 1),
+                Cut(2, 64, 2, 1),
+                Cut(2),
+                Cut(2, 64, 2, 1),
             )
         else:
-            forward = Tiles(4, 128, 3, 1)
-            summaries, blocks = Tiles(3, 64, 3, 2), Tiles(4, 64, 4, 2)
+            forward = Cut(4, 128, 3, 1)
+            summaries, blocks = Cut(3, 64, 3, 2), Cut(4, 64, 4, 2)
         return cls(walk, width, scale, interpret, forward, summaries, blocks)
 
     @property
     def query_rows(self) -> tuple[int, ...]:
         """Rows that a block of threads takes, in the kernels that walk over keys."""
-        return tuple(x.warpgroups * ROWS for x in (self.forward, self.blocks))
+        return tuple(x.warpgroups * M for x in (self.forward, self.blocks))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan: Plan, q, k, v):
+def _attend(plan: FixedPlan, q, k, v):
     return over_batch(functools.partial(_forward, plan), q, k, v)[0]
 
 
@@ -121,11 +124,11 @@ def _attend_backward(plan, residuals, d_out):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _forward(plan: Plan, q, k, v):
+def _forward(plan: FixedPlan, q, k, v):
     return kernels.forward(q, k, v, plan.walk, plan.scale, plan.forward, plan.interpret)
 
 
-def _backward(plan: Plan, q, k, v, out, lse, d_out):
+def _backward(plan: FixedPlan, q, k, v, out, lse, d_out):
     delta_BHT = jnp.einsum(
         "BTHK,BTHK->BHT", out, d_out, preferred_element_type=jnp.float32
     )
@@ -133,8 +136,8 @@ def _backward(plan: Plan, q, k, v, out, lse, d_out):
     common = {"walk": plan.walk, "scale": plan.scale, "interpret": plan.interpret}
     summed = None
     if plan.walk.summary:
-        summed = kernels.summary_gradients(*args, tiles=plan.summaries, **common)
-    dq, dk, dv = kernels.block_gradients(*args, summed, tiles=plan.blocks, **common)
+        summed = kernels.summary_gradients(*args, cut=plan.summaries, **common)
+    dq, dk, dv = kernels.block_gradients(*args, summed, cut=plan.blocks, **common)
     return dq, sum_groups(dk, k.shape[2]), sum_groups(dv, k.shape[2])
 
 

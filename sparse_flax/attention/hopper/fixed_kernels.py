@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +22,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from sparse_flax.attention.hopper.tiles import keeps_axes
-
-LOG2E = math.log2(math.e)
-ROWS = 64  # of a warpgroup's matrix product
-LAYOUT = plgpu.Layout.WGMMA
+from sparse_flax.attention.hopper import tiles
+from sparse_flax.attention.hopper.tiles import LAYOUT, LOG2E, M
 
 # Below every score and far above -inf: differences of it stay finite, so that no row
 # sum, rescaling or contracted multiply-add makes a NaN.
@@ -63,7 +59,7 @@ class Walk:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tiles:
+class Cut:
     """What is tuned: warpgroups, keys (or queries) of a tile, buffers of the ring.
 
     A buffer is filled again `lag` steps after its use: the warpgroup that loads waits
@@ -74,28 +70,6 @@ class Tiles:
     columns: int = 64
     stages: int = 4
     lag: int = 2
-
-
-def swizzled(shape, dtype):
-    """Shared memory as wgmma and the copy engine want it."""
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
-
-
-def _per_row(x, shape):
-    return lax.broadcast_in_dim(x, shape, [0])
-
-
-def _per_column(x, shape):
-    return lax.broadcast_in_dim(x, shape, [1])
-
-
-def _zeros(rows, columns):
-    return plgpu.layout_cast(jnp.zeros((rows, columns), jnp.float32), LAYOUT)
-
-
-def _iota(shape, axis):
-    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=LAYOUT)
 
 
 def _turned(ref):
@@ -133,63 +107,43 @@ def _dot(a, b):
     return jnp.dot(a.astype(jnp.float32), b.astype(jnp.float32))
 
 
-def ring(issue, free, total, tiles):
-    """Return (start, refill, release) that keep a ring of `tiles.stages` buffers full.
+def ring(issue, free, total, cut):
+    """Return (start, refill, release) that keep a ring of `cut.stages` buffers full.
 
     issue(j, slot) copies what step j needs. start() goes first, in the warpgroup that
     loads; refill(j) at the start of its steps; release(j) at the end of everybody's.
     """
 
     def start():
-        @pl.loop(0, jnp.minimum(total, tiles.stages))
+        @pl.loop(0, jnp.minimum(total, cut.stages))
         def _(j):
             issue(j, j)
 
     def refill(j):
-        used = j - tiles.lag
+        used = j - cut.lag
 
-        @pl.when((used >= 0) & (used + tiles.stages < total))
+        @pl.when((used >= 0) & (used + cut.stages < total))
         def _():
-            slot = lax.rem(used, tiles.stages)
+            slot = lax.rem(used, cut.stages)
             plgpu.barrier_wait(free.at[slot])
-            issue(used + tiles.stages, slot)
+            issue(used + cut.stages, slot)
 
     def release(j):
-        @pl.when(j + tiles.stages < total)
+        @pl.when(j + cut.stages < total)
         def _():
-            plgpu.barrier_arrive(free.at[lax.rem(j, tiles.stages)])
+            plgpu.barrier_arrive(free.at[lax.rem(j, cut.stages)])
 
     return start, refill, release
 
 
-def call(body, out, scratch, grid, warpgroups, interpret):
-    """Make a kernel over a grid (batch, tile, head), the heads fastest.
-
-    Neighbouring blocks of threads then read whole lines of memory, and those that run
-    together share keys in the cache.
-    """
-    kernel = plgpu.kernel(
-        body,
-        out_type=out,
-        scratch_types=scratch,
-        grid=grid,
-        grid_names=("batch", "tile", "head"),
-        num_threads=warpgroups,
-        thread_name="warpgroup",
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-    )
-    return keeps_axes(kernel)
-
-
-def forward(q_BTHK, k_BTHK, v_BTHK, walk: Walk, scale, tiles: Tiles, interpret=False):
+def forward(q_BTHK, k_BTHK, v_BTHK, walk: Walk, scale, cut: Cut, interpret=False):
     """Return out_BTHK and lse_BHT (natural logarithm, float32); T in whole tiles."""
     B, T, H, K = q_BTHK.shape
     dtype, group = q_BTHK.dtype, H // k_BTHK.shape[2]
-    W, N, S, C = tiles.warpgroups, tiles.columns, walk.block, walk.summary
-    Q = W * ROWS
+    W, N, S, C = cut.warpgroups, cut.columns, walk.block, walk.summary
+    Q = W * M
     # Tiles of the own blocks of a thread block's rows, which may begin inside a block.
-    own = (max(S, Q) if max(S, Q) % min(S, Q) == 0 else S + Q - ROWS) // ROWS
+    own = max(S, Q) // M
     piece = min(C, N) or N
     factor = scale * LOG2E
 
@@ -197,7 +151,7 @@ def forward(q_BTHK, k_BTHK, v_BTHK, walk: Walk, scale, tiles: Tiles, interpret=F
         b, h, w = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
         kv = lax.div(h, group)
         t0 = (T // Q - 1 - lax.axis_index("tile")) * Q  # the longest walks go first
-        row = t0 + w * ROWS
+        row = t0 + w * M
         first, mine = lax.div(t0, S), lax.div(row, S)
         whole, total = lax.div(first * C, N), pl.cdiv(lax.div(t0 + Q - 1, S) * C, N)
 
@@ -209,15 +163,15 @@ def forward(q_BTHK, k_BTHK, v_BTHK, walk: Walk, scale, tiles: Tiles, interpret=F
                 plgpu.copy_gmem_to_smem(k.at[at], ks.at[slot, to], full.at[slot])
                 plgpu.copy_gmem_to_smem(v.at[at], vs.at[slot, to], full.at[slot])
 
-        start, refill, release = ring(issue, free, total, tiles)
-        plgpu.copy_gmem_to_smem(q.at[b, pl.ds(row, ROWS), h], qs.at[w], q_bar.at[w])
+        start, refill, release = ring(issue, free, total, cut)
+        plgpu.copy_gmem_to_smem(q.at[b, pl.ds(row, M), h], qs.at[w], q_bar.at[w])
 
         @pl.when(w == 0)
         def _():
             if C:
                 start()
             for i in range(own):
-                at = (b, pl.ds(jnp.minimum(first * S + i * ROWS, T - ROWS), ROWS), kv)
+                at = (b, pl.ds(jnp.minimum(first * S + i * M, T - M), M), kv)
                 plgpu.copy_gmem_to_smem(k.at[at], own_k.at[i], own_bar)
                 plgpu.copy_gmem_to_smem(v.at[at], own_v.at[i], own_bar)
 
@@ -230,22 +184,24 @@ def forward(q_BTHK, k_BTHK, v_BTHK, walk: Walk, scale, tiles: Tiles, interpret=F
             s = mask(s)
             new = jnp.maximum(top, s.max(axis=1) * factor)
             shrink = jnp.exp2(top - new)
-            p = jnp.exp2(s * factor - _per_row(new, s.shape))
+            p = jnp.exp2(s * factor - tiles.per_row(new, s))
             total = total * shrink + p.sum(axis=1)
-            acc = acc * _per_row(shrink, acc.shape)
+            acc = acc * tiles.per_row(shrink, acc)
             (acc,) = add_products([acc], [(p.astype(dtype), values)], interpret)
             return acc, new, total
 
         def summaries(masked):
             def step(j, carry):
-                slot = lax.rem(j, tiles.stages)
+                slot = lax.rem(j, cut.stages)
                 pl.when(w == 0)(lambda: refill(j))
                 plgpu.barrier_wait(full.at[slot])
 
                 def mask(s):
                     if not masked:
                         return s
-                    return jnp.where(_iota(s.shape, 1) < mine * C - j * N, s, -jnp.inf)
+                    return jnp.where(
+                        tiles.positions(s, 1) < mine * C - j * N, s, -jnp.inf
+                    )
 
                 carry = attend(carry, ks.at[slot], lambda: vs.at[slot], mask)
                 release(j)
@@ -255,60 +211,61 @@ def forward(q_BTHK, k_BTHK, v_BTHK, walk: Walk, scale, tiles: Tiles, interpret=F
 
         def own_block(a, carry):
             def mask(s):
-                i = _iota(s.shape, 0) + (row - first * S - a * ROWS)
-                j = _iota(s.shape, 1)
+                i = tiles.positions(s, 0) + (row - first * S - a * M)
+                j = tiles.positions(s, 1)
                 return jnp.where(i == j if walk.self_only else i >= j, s, -jnp.inf)
 
             return attend(carry, own_k.at[a], lambda: own_v.at[a], mask)
 
-        row_vector = functools.partial(jnp.full, (ROWS,), dtype=jnp.float32)
+        row_vector = functools.partial(jnp.full, (M,), dtype=jnp.float32)
         top, total_p = (
             plgpu.layout_cast(row_vector(x), LAYOUT.reduce(1)) for x in (LOWEST, 0.0)
         )
-        carry = (_zeros(ROWS, K), top, total_p)
+        carry = (tiles.zeros(M, K), top, total_p)
         if C:
             carry = lax.fori_loop(0, whole, summaries(masked=False), carry)
             carry = lax.fori_loop(whole, total, summaries(masked=True), carry)
         plgpu.barrier_wait(own_bar)
-        place = lax.div(row - first * S, ROWS)
-        since = place if walk.self_only else lax.div((mine - first) * S, ROWS)
+        place = lax.div(row - first * S, M)
+        since = place if walk.self_only else lax.div((mine - first) * S, M)
         acc, top, total_p = lax.fori_loop(since, place + 1, own_block, carry)
-        lse[b, h, pl.ds(row, ROWS)] = (top + jnp.log2(total_p)) * (1 / LOG2E)
-        qs[w] = (acc * _per_row(1 / total_p, acc.shape)).astype(dtype)
+        lse[b, h, pl.ds(row, M)] = (top + jnp.log2(total_p)) * (1 / LOG2E)
+        qs[w] = (acc * tiles.per_row(1 / total_p, acc)).astype(dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(qs.at[w], out.at[b, pl.ds(row, ROWS), h])
+        plgpu.copy_smem_to_gmem(qs.at[w], out.at[b, pl.ds(row, M), h])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    return call(
+    return tiles.launch(
         body,
+        name="fixed_forward",
         out=(
             jax.ShapeDtypeStruct((B, T, H, K), dtype),
             jax.ShapeDtypeStruct((B, H, T), jnp.float32),
         ),
         scratch=[
-            swizzled((W, ROWS, K), dtype),
-            swizzled((own, ROWS, K), dtype),
-            swizzled((own, ROWS, K), dtype),
-            swizzled((tiles.stages, N, K), dtype),
-            swizzled((tiles.stages, N, K), dtype),
+            tiles.swizzled((W, M, K), dtype),
+            tiles.swizzled((own, M, K), dtype),
+            tiles.swizzled((own, M, K), dtype),
+            tiles.swizzled((cut.stages, N, K), dtype),
+            tiles.swizzled((cut.stages, N, K), dtype),
             plgpu.Barrier(num_barriers=W),
             plgpu.Barrier(num_arrivals=2 * own),
-            plgpu.Barrier(num_arrivals=2 * (N // piece), num_barriers=tiles.stages),
-            plgpu.Barrier(num_arrivals=W, num_barriers=tiles.stages),
+            plgpu.Barrier(num_arrivals=2 * (N // piece), num_barriers=cut.stages),
+            plgpu.Barrier(num_arrivals=W, num_barriers=cut.stages),
         ],
-        grid=(B, T // Q, H),
-        warpgroups=W,
+        grid={"batch": B, "tile": T // Q, "head": H},
+        threads=W,
         interpret=interpret,
     )(q_BTHK, k_BTHK, v_BTHK)
 
 
-def slots(T: int, walk: Walk, tiles: Tiles) -> int:
+def slots(T: int, walk: Walk, cut: Cut) -> int:
     """Rows of the arrays that hold gradients of summary keys.
 
     One tile in front and one behind let any 64 rows around a slice be read at once.
     """
-    step = tiles.warpgroups * ROWS
-    return pl.cdiv(pl.cdiv(T, walk.block) * walk.summary, step) * step + 2 * ROWS
+    step = cut.warpgroups * M
+    return pl.cdiv(pl.cdiv(T, walk.block) * walk.summary, step) * step + 2 * M
 
 
 def summary_gradients(
@@ -320,7 +277,7 @@ def summary_gradients(
     delta_BHT,
     walk,
     scale,
-    tiles,
+    cut,
     interpret=False,
 ):
     """Return dk and dv of the summary keys, [B, slots, H, width], slot 0 in row 64.
@@ -329,23 +286,23 @@ def summary_gradients(
     """
     B, T, H, K = q_BTHK.shape
     dtype, group = q_BTHK.dtype, H // k_BTHK.shape[2]
-    W, N, S, C = tiles.warpgroups, tiles.columns, walk.block, walk.summary
-    piece, per_block, end = min(C, ROWS), S // N, T // N
-    rows = slots(T, walk, tiles)
+    W, N, S, C = cut.warpgroups, cut.columns, walk.block, walk.summary
+    piece, per_block, end = min(C, M), S // N, T // N
+    rows = slots(T, walk, cut)
     factor = scale * LOG2E
 
     def body(q, k, v, d_out, lse, delta, dk, dv, *scratch):
         ks, vs, qs, d_outs, lses, deltas, kv_bar, full, free = scratch
         b, h, w = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
         kv = lax.div(h, group)
-        slot0 = lax.axis_index("tile") * (W * ROWS)  # the longest walks go first
-        mine = slot0 + w * ROWS
+        slot0 = lax.axis_index("tile") * (W * M)  # the longest walks go first
+        mine = slot0 + w * M
 
         def later(slot):  # the first query tile that sees this many slots
             return jnp.minimum(slot * per_block, end)
 
         begin = later(lax.div(slot0, C) + 1)
-        since, whole = later(lax.div(mine, C) + 1), later(pl.cdiv(mine + ROWS, C))
+        since, whole = later(lax.div(mine, C) + 1), later(pl.cdiv(mine + M, C))
 
         def issue(j, slot):
             t = pl.ds((begin + j) * N, N)
@@ -355,8 +312,8 @@ def summary_gradients(
             plgpu.copy_gmem_to_smem(lse.at[b, h, t], lses.at[slot], bar)
             plgpu.copy_gmem_to_smem(delta.at[b, h, t], deltas.at[slot], bar)
 
-        start, refill, release = ring(issue, free, end - begin, tiles)
-        for i in range(ROWS // piece):
+        start, refill, release = ring(issue, free, end - begin, cut)
+        for i in range(M // piece):
             at = walk.slot_row(mine + i * piece, h)
             at = (b, pl.ds(jnp.minimum(at, T - piece), piece), kv)
             to = pl.ds(i * piece, piece)
@@ -368,7 +325,7 @@ def summary_gradients(
 
         def walked(needed, masked=False):
             def step(j, carry):
-                slot = lax.rem(j, tiles.stages)
+                slot = lax.rem(j, cut.stages)
                 pl.when(w == 0)(lambda: refill(j))
                 plgpu.barrier_wait(full.at[slot])
                 if needed:
@@ -377,7 +334,7 @@ def summary_gradients(
                         if not masked:
                             return s
                         seen = lax.div(begin + j, per_block) * C - mine
-                        return jnp.where(_iota(s.shape, 0) < seen, s, -jnp.inf)
+                        return jnp.where(tiles.positions(s, 0) < seen, s, -jnp.inf)
 
                     carry = add_key_gradients(
                         carry,
@@ -393,35 +350,36 @@ def summary_gradients(
 
             return step
 
-        sums = (_zeros(ROWS, K), _zeros(ROWS, K))
+        sums = (tiles.zeros(M, K), tiles.zeros(M, K))
         lax.fori_loop(0, since - begin, walked(needed=False), 0)
         sums = lax.fori_loop(since - begin, whole - begin, walked(True, True), sums)
         sums = lax.fori_loop(whole - begin, end - begin, walked(True), sums)
         ks[w] = (sums[0] * scale).astype(dtype)
         vs[w] = sums[1].astype(dtype)
         plgpu.commit_smem()
-        at = (b, pl.ds(ROWS + mine, ROWS), h)
+        at = (b, pl.ds(M + mine, M), h)
         plgpu.copy_smem_to_gmem(ks.at[w], dk.at[at])
         plgpu.copy_smem_to_gmem(vs.at[w], dv.at[at])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    vector = plgpu.SMEM((tiles.stages, N), jnp.float32)
-    return call(
+    vector = plgpu.SMEM((cut.stages, N), jnp.float32)
+    return tiles.launch(
         body,
+        name="fixed_summary_gradients",
         out=(jax.ShapeDtypeStruct((B, rows, H, K), dtype),) * 2,
         scratch=[
-            swizzled((W, ROWS, K), dtype),
-            swizzled((W, ROWS, K), dtype),
-            swizzled((tiles.stages, N, K), dtype),
-            swizzled((tiles.stages, N, K), dtype),
+            tiles.swizzled((W, M, K), dtype),
+            tiles.swizzled((W, M, K), dtype),
+            tiles.swizzled((cut.stages, N, K), dtype),
+            tiles.swizzled((cut.stages, N, K), dtype),
             vector,
             vector,
-            plgpu.Barrier(num_arrivals=2 * (ROWS // piece), num_barriers=W),
-            plgpu.Barrier(num_arrivals=4, num_barriers=tiles.stages),
-            plgpu.Barrier(num_arrivals=W, num_barriers=tiles.stages),
+            plgpu.Barrier(num_arrivals=2 * (M // piece), num_barriers=W),
+            plgpu.Barrier(num_arrivals=4, num_barriers=cut.stages),
+            plgpu.Barrier(num_arrivals=W, num_barriers=cut.stages),
         ],
-        grid=(B, (rows - 2 * ROWS) // (W * ROWS), H),
-        warpgroups=W,
+        grid={"batch": B, "tile": (rows - 2 * M) // (W * M), "head": H},
+        threads=W,
         interpret=interpret,
     )(q_BTHK, k_BTHK, v_BTHK, d_out_BTHK, lse_BHT, delta_BHT)
 
@@ -438,12 +396,12 @@ def add_key_gradients(sums, own, others, mask, factor, dtype, interpret):
 
 def _column_weights(s, lse, factor):
     lse = plgpu.load(lse, layout=LAYOUT.reduce(0)) * LOG2E
-    return jnp.exp2(s * factor - _per_column(lse, s.shape))
+    return jnp.exp2(s * factor - tiles.per_column(lse, s))
 
 
 def _column_slopes(p, dp, delta):
     delta = plgpu.load(delta, layout=LAYOUT.reduce(0))
-    return p * (dp - _per_column(delta, dp.shape))
+    return p * (dp - tiles.per_column(delta, dp))
 
 
 def block_gradients(
@@ -456,7 +414,7 @@ def block_gradients(
     summed,
     walk,
     scale,
-    tiles,
+    cut,
     interpret=False,
 ):
     """Return dq, dk and dv; `summed` is what summary_gradients returned, or None.
@@ -466,8 +424,8 @@ def block_gradients(
     """
     B, T, H, K = q_BTHK.shape
     dtype, group = q_BTHK.dtype, H // k_BTHK.shape[2]
-    W, N, S, C = tiles.warpgroups, tiles.columns, walk.block, walk.summary
-    Q = W * ROWS
+    W, N, S, C = cut.warpgroups, cut.columns, walk.block, walk.summary
+    Q = W * M
     piece = min(C, N) or N
     factor = scale * LOG2E
 
@@ -478,7 +436,7 @@ def block_gradients(
         b, h, w = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
         kv = lax.div(h, group)
         t0 = (T // Q - 1 - lax.axis_index("tile")) * Q  # the longest walks go first
-        row = t0 + w * ROWS
+        row = t0 + w * M
         first, mine = lax.div(t0, S), lax.div(row, S)
         whole, total = lax.div(first * C, N), pl.cdiv(lax.div(t0 + Q - 1, S) * C, N)
 
@@ -490,8 +448,8 @@ def block_gradients(
                 plgpu.copy_gmem_to_smem(k.at[at], ks.at[slot, to], full.at[slot])
                 plgpu.copy_gmem_to_smem(v.at[at], vs.at[slot, to], full.at[slot])
 
-        start, refill, release = ring(issue, free, total, tiles)
-        here = pl.ds(row, ROWS)
+        start, refill, release = ring(issue, free, total, cut)
+        here = pl.ds(row, M)
         for ref, buffer, head in (
             (q, qs, h),
             (d_out, d_outs, h),
@@ -511,20 +469,22 @@ def block_gradients(
         def add_query_gradients(acc, keys, values, mask):
             pairs = [(queries, keys()), (d_outs_held, values())]
             s, dp = products(pairs, interpret)
-            p = jnp.exp2(mask(s) * factor - _per_row(lse_row, s.shape))
-            ds = (p * (dp - _per_row(delta_row, dp.shape))).astype(dtype)
+            p = jnp.exp2(mask(s) * factor - tiles.per_row(lse_row, s))
+            ds = (p * (dp - tiles.per_row(delta_row, dp))).astype(dtype)
             return add_products([acc], [(ds, keys)], interpret)[0]
 
         def summaries(masked):
             def step(j, acc):
-                slot = lax.rem(j, tiles.stages)
+                slot = lax.rem(j, cut.stages)
                 pl.when(w == 0)(lambda: refill(j))
                 plgpu.barrier_wait(full.at[slot])
 
                 def mask(s):
                     if not masked:
                         return s
-                    return jnp.where(_iota(s.shape, 1) < mine * C - j * N, s, -jnp.inf)
+                    return jnp.where(
+                        tiles.positions(s, 1) < mine * C - j * N, s, -jnp.inf
+                    )
 
                 keys, values = lambda: ks.at[slot], lambda: vs.at[slot]
                 acc = add_query_gradients(acc, keys, values, mask)
@@ -534,8 +494,8 @@ def block_gradients(
             return step
 
         def causal(s, keys, queries, key_tile, query_tile):
-            i = _iota(s.shape, queries) + query_tile * ROWS
-            j = _iota(s.shape, keys) + key_tile * ROWS
+            i = tiles.positions(s, queries) + query_tile * M
+            j = tiles.positions(s, keys) + key_tile * M
             return jnp.where(i == j if walk.self_only else i >= j, s, -jnp.inf)
 
         def own_queries(a, acc):
@@ -564,10 +524,10 @@ def block_gradients(
         def from_summaries(ref):
             # Row i of the tile lies in slot mine * C + ahead + i, if in the slice.
             ahead = row - mine * S - walk.slice_start(h)
-            at = jnp.clip(ROWS + mine * C + ahead, 0, ref.shape[1] - ROWS)
-            at = (b, pl.ds(at, ROWS), h)
+            at = jnp.clip(M + mine * C + ahead, 0, ref.shape[1] - M)
+            at = (b, pl.ds(at, M), h)
             x = plgpu.load(ref.at[at], layout=LAYOUT, optimized=False)
-            i = _iota(x.shape, 0) + ahead
+            i = tiles.positions(x, 0) + ahead
             return jnp.where((i >= 0) & (i < C), x.astype(jnp.float32), 0.0)
 
         def leave(x, buffer, ref):
@@ -575,43 +535,44 @@ def block_gradients(
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(buffer, ref.at[b, here, h])
 
-        acc = _zeros(ROWS, K)
+        acc = tiles.zeros(M, K)
         if C:
             acc = lax.fori_loop(0, whole, summaries(masked=False), acc)
             acc = lax.fori_loop(whole, total, summaries(masked=True), acc)
-        since = w if walk.self_only else lax.div((mine - first) * S, ROWS)
-        until = w + 1 if walk.self_only else since + S // ROWS
+        since = w if walk.self_only else lax.div((mine - first) * S, M)
+        until = w + 1 if walk.self_only else since + S // M
         acc = lax.fori_loop(since, w + 1, own_queries, acc)
         plgpu.barrier_arrive(done)
         plgpu.barrier_wait(done)
         # Nobody reads the ring any more, nor another's own keys: they carry results.
         # dk and dv are made one after the other, for want of registers.
-        leave(acc * scale, ks.at[w, pl.ds(0, ROWS)], dq)
-        x = lax.fori_loop(w, until, own_dk, _zeros(ROWS, K)) * scale
+        leave(acc * scale, ks.at[w, pl.ds(0, M)], dq)
+        x = lax.fori_loop(w, until, own_dk, tiles.zeros(M, K)) * scale
         leave(x + from_summaries(sum_k) if C else x, own_v.at[w], dk)
-        x = lax.fori_loop(w, until, own_dv, _zeros(ROWS, K))
+        x = lax.fori_loop(w, until, own_dv, tiles.zeros(M, K))
         leave(x + from_summaries(sum_v) if C else x, own_k.at[w], dv)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    vector = plgpu.SMEM((W, ROWS), jnp.float32)
-    return call(
+    vector = plgpu.SMEM((W, M), jnp.float32)
+    return tiles.launch(
         body,
+        name="fixed_block_gradients",
         out=(jax.ShapeDtypeStruct((B, T, H, K), dtype),) * 3,
         scratch=[
-            swizzled((W, ROWS, K), dtype),
-            swizzled((W, ROWS, K), dtype),
-            swizzled((W, ROWS, K), dtype),
-            swizzled((W, ROWS, K), dtype),
+            tiles.swizzled((W, M, K), dtype),
+            tiles.swizzled((W, M, K), dtype),
+            tiles.swizzled((W, M, K), dtype),
+            tiles.swizzled((W, M, K), dtype),
             vector,
             vector,
-            swizzled((tiles.stages, N, K), dtype),
-            swizzled((tiles.stages, N, K), dtype),
+            tiles.swizzled((cut.stages, N, K), dtype),
+            tiles.swizzled((cut.stages, N, K), dtype),
             plgpu.Barrier(num_arrivals=6 * W),
-            plgpu.Barrier(num_arrivals=2 * (N // piece), num_barriers=tiles.stages),
-            plgpu.Barrier(num_arrivals=W, num_barriers=tiles.stages),
+            plgpu.Barrier(num_arrivals=2 * (N // piece), num_barriers=cut.stages),
+            plgpu.Barrier(num_arrivals=W, num_barriers=cut.stages),
             plgpu.Barrier(num_arrivals=W),
         ],
-        grid=(B, T // Q, H),
-        warpgroups=W,
+        grid={"batch": B, "tile": T // Q, "head": H},
+        threads=W,
         interpret=interpret,
     )(q_BTHK, k_BTHK, v_BTHK, d_out_BTHK, lse_BHT, delta_BHT, *(summed or ()))
