@@ -53,6 +53,8 @@ def attend(
     `interpret` runs the kernels on a CPU, for tests.
     """
     T, V = q_BTHK.shape[1], v_BTHV.shape[3]
+    if scale <= 0:  # the kernels hide scores, and take the largest, before they scale
+        q_BTHK, scale = q_BTHK * (-1.0 if scale else 0.0), -scale or 1.0
     plan = FixedPlan.of(pattern, max(q_BTHK.shape[3], V), scale, interpret)
     # Zeros behind the last column change no product, and no real query sees the keys
     # behind the last token.
@@ -91,11 +93,7 @@ class FixedPlan:
         )
         width = up(width, M)
         if width > M:
-            forward, summaries, blocks = (
-                Cut(2, 64, 2, 1),
-                Cut(2),
-                Cut(2, 64, 2, 1),
-            )
+            forward, summaries, blocks = Cut(2, 64, 2, 1), Cut(2), Cut(2, 64, 2, 1)
         else:
             forward = Cut(4, 128, 3, 1)
             summaries, blocks = Cut(3, 64, 3, 2), Cut(4, 64, 4, 2)

@@ -63,6 +63,8 @@ def supports(pattern: Pattern, q: Any, k: Any, v: Any) -> str | None:
     if halves is None:
         name = type(pattern).__name__
         return f"hopper has no kernels for {name}"
+    if T < 8:
+        return f"hopper takes 8 tokens or more, not {T}"
     K, V = (tiles.M * _tiles(x.shape[3]) for x in (q, v))
     window, stride = halves.window, halves.stride
     if stride:
