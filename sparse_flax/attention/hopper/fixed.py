@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sparse_flax.attention.hopper import fixed_kernels as kernels
-from sparse_flax.attention.hopper.fixed_kernels import Cut, Walk
+from sparse_flax.attention.hopper import fixed_backward, fixed_forward
+from sparse_flax.attention.hopper.fixed_walk import Cut, Walk
 from sparse_flax.attention.hopper.layouts import fit, kept, over_batch, sum_groups, up
 from sparse_flax.attention.hopper.tiles import M
 from sparse_flax.attention.patterns import Blocks, Pattern, Summaries
@@ -123,7 +123,9 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _forward(plan: FixedPlan, q, k, v):
-    return kernels.forward(q, k, v, plan.walk, plan.scale, plan.forward, plan.interpret)
+    return fixed_forward.forward(
+        q, k, v, plan.walk, plan.scale, plan.forward, plan.interpret
+    )
 
 
 def _backward(plan: FixedPlan, q, k, v, out, lse, d_out):
@@ -134,8 +136,10 @@ def _backward(plan: FixedPlan, q, k, v, out, lse, d_out):
     common = {"walk": plan.walk, "scale": plan.scale, "interpret": plan.interpret}
     summed = None
     if plan.walk.summary:
-        summed = kernels.summary_gradients(*args, cut=plan.summaries, **common)
-    dq, dk, dv = kernels.block_gradients(*args, summed, cut=plan.blocks, **common)
+        summed = fixed_backward.summary_gradients(*args, cut=plan.summaries, **common)
+    dq, dk, dv = fixed_backward.block_gradients(
+        *args, summed, cut=plan.blocks, **common
+    )
     return dq, sum_groups(dk, k.shape[2]), sum_groups(dv, k.shape[2])
 
 

@@ -65,7 +65,7 @@ def supports(pattern: Pattern, q: Any, k: Any, v: Any) -> str | None:
         return f"hopper has no kernels for {name}"
     if T < 8:
         return f"hopper takes 8 tokens or more, not {T}"
-    K, V = (tiles.M * _tiles(x.shape[3]) for x in (q, v))
+    K, V = (up(x.shape[3], tiles.M) for x in (q, v))
     window, stride = halves.window, halves.stride
     if stride:
         rows, most = -(-T // stride), LONGEST_COLUMN
@@ -103,7 +103,7 @@ def attend(
     T, K, V = q_BTHK.shape[1], q_BTHK.shape[3], v_BTHV.shape[3]
     halves = Halves.of(pattern.parts(), T, scale=scale, interpret=interpret)
     # Zeros behind the last column of q and k change no product; wgmma takes 64s.
-    widths = [tiles.M * _tiles(width) for width in (K, K, V)]
+    widths = [up(width, tiles.M) for width in (K, K, V)]
     args = [
         fit(x, width, 3)
         for x, width in zip((q_BTHK, k_BTHK, v_BTHV), widths, strict=True)
@@ -213,7 +213,3 @@ def _by_column(x_BHT, stride: int):
     """(B, H, T) -> (B, S*H, R)."""
     folded = _fold(x_BHT.transpose(0, 2, 1)[..., None], stride)
     return folded[..., 0].transpose(0, 2, 1)
-
-
-def _tiles(width: int) -> int:
-    return -(-width // tiles.M)
