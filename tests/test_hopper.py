@@ -129,7 +129,23 @@ def count(jaxpr, kernel):
 @needs_new_jax
 @pytest.mark.usefixtures("on_an_h200")
 @pytest.mark.parametrize(("keep", "runs"), [((), 2), (("out", "lse"), 1)])
-def test_a_checkpoint_policy_keeps_the_result(keep, runs):
+@pytest.mark.parametrize(
+    ("pattern", "forward", "backward"),
+    [
+        (
+            Strided(128),
+            ("columns_forward", "band_forward"),
+            ("columns_backward", "band_backward"),
+        ),
+        (
+            Fixed(128, 32, rotate=True),
+            ("fixed_forward",),
+            ("fixed_summary_gradients", "fixed_block_gradients"),
+        ),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_policy_keeps_the_result(pattern, forward, backward, keep, runs):
     """Inside scan and checkpoint: with both names kept no kernel runs twice."""
     names = [f"attention_{name}" for name in keep]
     policy = jax.checkpoint_policies.save_only_these_names(*names)
@@ -137,7 +153,7 @@ def test_a_checkpoint_policy_keeps_the_result(keep, runs):
     def loss(q, k, v):
         def layer(q, _):
             run = jax.checkpoint(
-                lambda q: sparse_attention(q, k, v, Strided(128)), policy=policy
+                lambda q: sparse_attention(q, k, v, pattern), policy=policy
             )
             return run(q), None
 
@@ -146,13 +162,10 @@ def test_a_checkpoint_policy_keeps_the_result(keep, runs):
 
     q = jax.ShapeDtypeStruct((1, 12288, 2, 64), jnp.bfloat16)
     program = jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(q, q, q)
-    for kernel, times in (
-        ("columns_forward", runs),
-        ("band_forward", runs),
-        ("columns_backward", 1),
-        ("band_backward", 1),
-    ):
-        assert count(program.jaxpr, kernel) == times, kernel
+    for kernel in forward:
+        assert count(program.jaxpr, kernel) == runs, kernel
+    for kernel in backward:
+        assert count(program.jaxpr, kernel) == 1, kernel
 
 
 @needs_new_jax
@@ -203,6 +216,8 @@ def test_the_fastest_is_picked_and_what_falls_back_says_so_once():
         (Columns(64), (1, 12288, 2, 128), "bfloat16", "8 to 128 rows"),
         (Strided(700), (1, 16384, 2, 64), "bfloat16", "not 700; try 512"),
         (Local(1), (1, 1024, 2, 64), "bfloat16", "not 1; try 2"),
+        (Strided(8), (1, 4, 2, 64), "bfloat16", "8 tokens or more, not 4"),
+        (Local(128), (1, 1, 2, 64), "bfloat16", "8 tokens or more, not 1"),
         (
             PerHead((Local(8), Dense())),
             (1, 64, 2, 64),

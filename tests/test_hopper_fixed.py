@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_flax.attention import Blocks, Fixed, Local, Summaries, reference
+from sparse_flax.attention import Blocks, Fixed, Summaries, hopper, reference
 
 if jax.__version_info__ < (0, 11):
     pytest.skip(
@@ -15,13 +15,15 @@ if jax.__version_info__ < (0, 11):
 from sparse_flax.attention.hopper import fixed
 
 
-def _relative_errors(pattern, T, H=1, key_heads=1, K=64, V=64, dtype=jnp.bfloat16):
+def _relative_errors(
+    pattern, T, H=1, key_heads=1, K=64, V=64, dtype=jnp.bfloat16, scale=None
+):
     keys = jax.random.split(jax.random.key(T), 4)
     shapes = (1, T, H, K), (1, T, key_heads, K), (1, T, key_heads, V), (1, T, H, V)
     q, k, v, d_out = (
         jax.random.normal(*x, dtype) for x in zip(keys, shapes, strict=True)
     )
-    scale = K**-0.5
+    scale = K**-0.5 if scale is None else scale
 
     def run(q, k, v):
         return fixed.attend(q, k, v, pattern, scale, interpret=True)
@@ -37,7 +39,7 @@ def _relative_errors(pattern, T, H=1, key_heads=1, K=64, V=64, dtype=jnp.bfloat1
         *zip(gradient(d_out), exact_gradient(d_out.astype(jnp.float32)), strict=True),
     ]
     norm = np.linalg.norm
-    return [norm(np.float32(x) - y) / norm(y) for x, y in pairs]
+    return [norm(np.float32(x) - y) / (norm(y) or 1) for x, y in pairs]
 
 
 @pytest.mark.parametrize(
@@ -55,6 +57,8 @@ def _relative_errors(pattern, T, H=1, key_heads=1, K=64, V=64, dtype=jnp.bfloat1
         (Fixed(128, 32), 256, {"K": 128, "V": 96}),
         (Blocks(128), 200, {}),
         (Summaries(64, 16, offset=1), 256, {}),
+        (Fixed(64, 16), 128, {"scale": -0.1}),
+        (Fixed(64, 16), 128, {"scale": 0.0}),  # no gradient reaches q and k
     ],
     ids=str,
 )
@@ -78,7 +82,6 @@ def test_vmap():
         (Fixed(128, 32), 64, "bfloat16", None),
         (Blocks(256), 64, "float16", None),
         (Summaries(64, 8), 128, "bfloat16", None),
-        (Local(8), 64, "bfloat16", "not for Local"),
         (Fixed(128, 32), 64, "float32", "in bfloat16"),
         (Fixed(128, 32), 256, "bfloat16", "up to 128 wide"),
         (Fixed(100, 32), 64, "bfloat16", "not 100; try 128"),
@@ -89,5 +92,5 @@ def test_vmap():
 )
 def test_supports(pattern, width, dtype, said):
     q = jax.ShapeDtypeStruct((1, 512, 2, width), dtype)
-    why = fixed.supports(pattern, q, q, q)
+    why = hopper.supports(pattern, q, q, q)
     assert why is None if said is None else said in why

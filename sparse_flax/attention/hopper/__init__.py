@@ -11,8 +11,11 @@ first call.
     band.py              the last `window` keys, and the gradient up to 128
     band_ring.py         the gradient for wider windows
     fixed.py             own blocks, summaries of earlier ones, or both
-    fixed_kernels.py     the kernels of fixed.py
+    fixed_forward.py     their kernel
+    fixed_backward.py    its gradient: of the summaries, then of the blocks
+    fixed_walk.py        the walk over the summaries, through a ring of buffers
     tiles.py             what the kernels share
+    layouts.py           what stands around them: padding, vmap, names of results
 """
 
 from __future__ import annotations

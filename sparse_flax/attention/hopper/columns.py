@@ -20,7 +20,7 @@ from sparse_flax.attention.hopper.tiles import LOG2E, M
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Packing:
     """How columns of `rows` rows are put on blocks."""
 
     rows: int  # R, a multiple of 8: 1024 bytes is what a swizzled copy must start at
@@ -29,7 +29,7 @@ class Plan:
     blocks: int
 
     @classmethod
-    def of(cls, rows: int, columns: int, most_warpgroups: int) -> Plan:
+    def of(cls, rows: int, columns: int, most_warpgroups: int) -> Packing:
         """Pack short columns; two packs a block where registers are few (measured)."""
         pack = max(p for p in range(1, max(M // rows, 1) + 1) if columns % p == 0)
         groups = columns // pack
@@ -81,18 +81,18 @@ def forward(
     """Return (out_BRCV, lse_BCR); strict leaves out the query's own key."""
     (B, R, C, K), V, dtype = q_BRCK.shape, v_BRCV.shape[-1], q_BRCK.dtype
     group = C // k_BRCK.shape[2]
-    plan = Plan.of(R, C, 2 if R < M else 1)
-    rows, pack = plan.tile_rows, plan.pack
+    packing = Packing.of(R, C, 2 if R < M else 1)
+    rows, pack = packing.tile_rows, packing.pack
     last_first = tiles.tiles_of(rows)[::-1]
     # Then a finished tile leaves at once, through its own rows of q's buffer.
-    early = rows % M == 0 and K == V and plan.filled == rows
+    early = rows % M == 0 and K == V and packing.filled == rows
 
     def body(q, k, v, out, lse, qs, ks, vs, qk_bar, v_bar):
         b, w = lax.axis_index("b"), lax.axis_index("warpgroup")
-        block = lax.axis_index("block") * plan.warpgroups + w
+        block = lax.axis_index("block") * packing.warpgroups + w
         first = block * pack
         qs, ks, vs = qs.at[w], ks.at[w], vs.at[w]
-        if plan.filled < rows:
+        if packing.filled < rows:
             # Zeros, since a weight of 0 times what lies in memory may be NaN.
             vs[...] = tiles.zeros(rows, V).astype(dtype)
             plgpu.commit_smem()
@@ -120,7 +120,7 @@ def forward(
                     *((queries, ks.at[pl.ds(j, M)].transpose((1, 0))) for j, _ in some)
                 )
                 scores = [
-                    _mask(plan, s * (scale * LOG2E), row, *pair, strict)
+                    _mask(packing, s * (scale * LOG2E), row, *pair, strict)
                     for s, pair in zip(scores, some, strict=True)
                 ]
                 values = [lambda j=j: vs.at[pl.ds(j, M)] for j, _ in some]
@@ -160,7 +160,7 @@ def forward(
                 plgpu.copy_smem_to_gmem(vs.at[pl.ds(p * R, R)], column)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    groups = plan.blocks * plan.warpgroups
+    groups = packing.blocks * packing.warpgroups
     out_BRCV, lse = tiles.launch(
         body,
         name="columns_forward",
@@ -169,23 +169,23 @@ def forward(
             jax.ShapeDtypeStruct((B, groups * rows), jnp.float32),
         ),
         scratch=[
-            tiles.swizzled((plan.warpgroups, rows, K), dtype),
-            tiles.swizzled((plan.warpgroups, rows, K), dtype),
-            tiles.swizzled((plan.warpgroups, rows, V), dtype),
-            plgpu.Barrier(num_arrivals=2 * pack, num_barriers=plan.warpgroups),
-            plgpu.Barrier(num_arrivals=pack, num_barriers=plan.warpgroups),
+            tiles.swizzled((packing.warpgroups, rows, K), dtype),
+            tiles.swizzled((packing.warpgroups, rows, K), dtype),
+            tiles.swizzled((packing.warpgroups, rows, V), dtype),
+            plgpu.Barrier(num_arrivals=2 * pack, num_barriers=packing.warpgroups),
+            plgpu.Barrier(num_arrivals=pack, num_barriers=packing.warpgroups),
         ],
-        grid={"b": B, "block": plan.blocks},
-        threads=plan.warpgroups,
+        grid={"b": B, "block": packing.blocks},
+        threads=packing.warpgroups,
         interpret=interpret,
     )(q_BRCK, k_BRCK, v_BRCV)
-    return out_BRCV, plan.unfold_rows(lse)
+    return out_BRCV, packing.unfold_rows(lse)
 
 
-def _mask(plan: Plan, s, row: int, key: int, key_new: int, strict: bool):
+def _mask(packing: Packing, s, row: int, key: int, key_new: int, strict: bool):
     """Hide what lies after the query, was seen before, or is of another column."""
-    if key_new == key and key + M <= row and plan.rows >= M:
+    if key_new == key and key + M <= row and packing.rows >= M:
         return s
     i, j = tiles.positions(s, 0) + row, tiles.positions(s, 1) + key
     j_new = key_new if key_new > key else 0
-    return jnp.where(plan.sees(i, j, 0, j_new, strict), s, -jnp.inf)
+    return jnp.where(packing.sees(i, j, 0, j_new, strict), s, -jnp.inf)

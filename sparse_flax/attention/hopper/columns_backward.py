@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparse_flax.attention.hopper import tiles
-from sparse_flax.attention.hopper.columns import Plan
+from sparse_flax.attention.hopper.columns import Packing
 from sparse_flax.attention.hopper.tiles import LAYOUT, LOG2E, M
 
 
@@ -34,8 +34,8 @@ def backward(
     """
     (B, R, C, K), V, dtype = q_BRCK.shape, v_BRCV.shape[-1], q_BRCK.dtype
     group = C // k_BRCK.shape[2]
-    plan = Plan.of(R, C, 1)
-    rows, pack = plan.tile_rows, plan.pack
+    packing = Packing.of(R, C, 1)
+    rows, pack = packing.tile_rows, packing.pack
     each = tiles.tiles_of(rows)
     pairs = [(a, t) for a in range(len(each)) for t in range(a, len(each))]
     shared = _shares_memory(rows, V)
@@ -46,7 +46,7 @@ def backward(
         ls, es, out_bar, q_bar = rest
         b, block = lax.axis_index("b"), lax.axis_index("block")
         first = block * pack
-        if plan.filled < rows:
+        if packing.filled < rows:
             for buffer in (os, dos, qs, ks, vs):
                 width = buffer.shape[-1]
                 buffer[pl.ds(0, rows)] = tiles.zeros(rows, width).astype(dtype)
@@ -95,7 +95,7 @@ def backward(
                     i = tiles.positions(s, 1) + query
                     i_new = query_new if query_new > query else 0
                     j_new = key_new if key_new > key else 0
-                    s = jnp.where(plan.sees(i, j, i_new, j_new, strict), s, -jnp.inf)
+                    s = jnp.where(packing.sees(i, j, i_new, j_new, strict), s, -jnp.inf)
                 p = jnp.exp2(s)
                 ds = (p * (dp - tiles.per_column(e, dp))).astype(dtype)
                 slot(a, t)[...] = ds
@@ -142,7 +142,7 @@ def backward(
             like_k,
             like_k,
             jax.ShapeDtypeStruct((B, R, C, V), dtype),
-            jax.ShapeDtypeStruct((B, plan.blocks * rows), jnp.float32),
+            jax.ShapeDtypeStruct((B, packing.blocks * rows), jnp.float32),
         ),
         scratch=[
             *(wide, wide, value, value),
@@ -152,11 +152,11 @@ def backward(
             plgpu.Barrier(num_arrivals=2 * pack + 1),
             plgpu.Barrier(num_arrivals=3 * pack),
         ],
-        grid={"b": B, "block": plan.blocks},
+        grid={"b": B, "block": packing.blocks},
         threads=1,
         interpret=interpret,
-    )(q_BRCK, k_BRCK, v_BRCV, out_BRCV, plan.fold_rows(lse_BCR), d_out_BRCV)
-    return dq, dk, dv, plan.unfold_rows(delta)
+    )(q_BRCK, k_BRCK, v_BRCV, out_BRCV, packing.fold_rows(lse_BCR), d_out_BRCV)
+    return dq, dk, dv, packing.unfold_rows(delta)
 
 
 def _shares_memory(rows: int, values_width: int) -> bool:

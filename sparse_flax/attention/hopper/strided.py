@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from sparse_flax.attention import parts
 from sparse_flax.attention.hopper import (
@@ -25,6 +24,7 @@ from sparse_flax.attention.hopper import (
     long_columns,
     tiles,
 )
+from sparse_flax.attention.hopper.layouts import fit, kept, over_batch, sum_groups, up
 from sparse_flax.attention.parts import Part
 from sparse_flax.attention.patterns import Pattern
 
@@ -63,7 +63,9 @@ def supports(pattern: Pattern, q: Any, k: Any, v: Any) -> str | None:
     if halves is None:
         name = type(pattern).__name__
         return f"hopper has no kernels for {name}"
-    K, V = (tiles.M * _tiles(x.shape[3]) for x in (q, v))
+    if T < 8:
+        return f"hopper takes 8 tokens or more, not {T}"
+    K, V = (up(x.shape[3], tiles.M) for x in (q, v))
     window, stride = halves.window, halves.stride
     if stride:
         rows, most = -(-T // stride), LONGEST_COLUMN
@@ -101,9 +103,9 @@ def attend(
     T, K, V = q_BTHK.shape[1], q_BTHK.shape[3], v_BTHV.shape[3]
     halves = Halves.of(pattern.parts(), T, scale=scale, interpret=interpret)
     # Zeros behind the last column of q and k change no product; wgmma takes 64s.
-    widths = [tiles.M * _tiles(width) for width in (K, K, V)]
+    widths = [up(width, tiles.M) for width in (K, K, V)]
     args = [
-        _fit(x, width, 3)
+        fit(x, width, 3)
         for x, width in zip((q_BTHK, k_BTHK, v_BTHV), widths, strict=True)
     ]
     return _attend(halves, *args)[..., :V]
@@ -111,24 +113,16 @@ def attend(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(halves: Halves, q, k, v):
-    return _over_batch(functools.partial(_forward, halves), q, k, v)[0]
+    return over_batch(functools.partial(_forward, halves), q, k, v)[0]
 
 
 def _attend_forward(halves, q, k, v):
-    out, lse = _over_batch(functools.partial(_forward, halves), q, k, v)
-    # Without it XLA runs the kernel twice in a scan over layers: once for what comes
-    # after, and once into the stack of results that the backward pass will read.
-    out, lse = jax.lax.optimization_barrier((out, lse))
-    # Named here, so that a policy of jax.checkpoint can keep them.
-    out, lse = (
-        checkpoint_name(out, "attention_out"),
-        checkpoint_name(lse, "attention_lse"),
-    )
+    out, lse = kept(*over_batch(functools.partial(_forward, halves), q, k, v))
     return out, (q, k, v, out, lse)
 
 
 def _attend_backward(halves, residuals, d_out):
-    return _over_batch(functools.partial(_backward, halves), *residuals, d_out)
+    return over_batch(functools.partial(_backward, halves), *residuals, d_out)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -149,10 +143,10 @@ def _forward(halves: Halves, q, k, v):
             return out, lse
         init = out, _by_token(lse, stride, T)
     warpgroups, _ = band.settings(window, q.shape[3], v.shape[3])
-    padded = _up(T, tiles.M * warpgroups)
+    padded = up(T, tiles.M * warpgroups)
     if init:
-        init = _fit(init[0], padded, 1), _fit(init[1], padded, 2)
-    args = [_fit(x, padded, 1) for x in (q, k, v)]
+        init = fit(init[0], padded, 1), fit(init[1], padded, 2)
+    args = [fit(x, padded, 1) for x in (q, k, v)]
     out, lse = band.forward(*args, halves.scale, window, init=init, **run)
     return out[:, :T], lse[:, :, :T]
 
@@ -182,15 +176,15 @@ def _backward(halves: Halves, q, k, v, out, lse, d_out):
             "BTHV,BTHV->BHT", out, d_out, preferred_element_type=jnp.float32
         )
     if window:
-        padded = _up(T, tiles.M)
-        args = [_fit(x, padded, 1) for x in (q, k, v, d_out)]
-        args += [_fit(x, padded, 2) for x in (lse, delta)]
+        padded = up(T, tiles.M)
+        args = [fit(x, padded, 1) for x in (q, k, v, d_out)]
+        args += [fit(x, padded, 2) for x in (lse, delta)]
         if into:
-            into = [_fit(x, padded, 1) for x in into]
+            into = [fit(x, padded, 1) for x in into]
         backward = (band if window <= 2 * tiles.M else band_ring).backward
         into = backward(*args, halves.scale, window, into=into, **run)
     dq, dk, dv = (x[:, :T] for x in into)
-    return dq, _sum_groups(dk, k.shape[2]), _sum_groups(dv, k.shape[2])
+    return dq, sum_groups(dk, k.shape[2]), sum_groups(dv, k.shape[2])
 
 
 # ---- Layouts -----------------------------------------------------------------------
@@ -199,8 +193,8 @@ def _backward(halves: Halves, q, k, v, out, lse, d_out):
 def _fold(x_BTHK, stride: int):
     """(B, T, H, K) -> (B, R, S*H, K), with R as the kernels want it."""
     rows = -(-x_BTHK.shape[1] // stride)
-    rows = _up(rows, 8 if rows <= LONGEST_WIDE_COLUMN else tiles.M)
-    x = _fit(x_BTHK, rows * stride, 1)
+    rows = up(rows, 8 if rows <= LONGEST_WIDE_COLUMN else tiles.M)
+    x = fit(x_BTHK, rows * stride, 1)
     return x.reshape(x.shape[0], rows, stride * x.shape[2], x.shape[3])
 
 
@@ -219,48 +213,3 @@ def _by_column(x_BHT, stride: int):
     """(B, H, T) -> (B, S*H, R)."""
     folded = _fold(x_BHT.transpose(0, 2, 1)[..., None], stride)
     return folded[..., 0].transpose(0, 2, 1)
-
-
-def _fit(x, size: int, axis: int):
-    """Pad with zeros. Padded keys lie after every real query."""
-    missing = size - x.shape[axis]
-    if not missing:
-        return x
-    return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
-
-
-def _sum_groups(x_BTHK, heads: int):
-    """Add up the gradients of the query heads that share a key head."""
-    B, T, H, K = x_BTHK.shape
-    if heads == H:
-        return x_BTHK
-    x = x_BTHK.reshape(B, T, heads, H // heads, K)
-    return jnp.sum(x, axis=3, dtype=jnp.float32).astype(x.dtype)
-
-
-def _up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
-
-
-def _tiles(width: int) -> int:
-    return -(-width // tiles.M)
-
-
-def _over_batch(run, *args):
-    """Call run; under vmap, join the mapped axis to the batch.
-
-    A kernel mapped as it is would gain a dimension, and its copies may have five.
-    """
-    mapped = jax.custom_batching.custom_vmap(run)
-
-    @mapped.def_vmap
-    def _(size, in_batched, *args):
-        args = [
-            x if batched else jnp.broadcast_to(x, (size, *x.shape))
-            for x, batched in zip(args, in_batched, strict=True)
-        ]
-        outs = _over_batch(run, *(x.reshape(-1, *x.shape[2:]) for x in args))
-        outs = tuple(x.reshape(size, -1, *x.shape[1:]) for x in outs)
-        return outs, (True,) * len(outs)
-
-    return mapped(*args)

@@ -1,8 +1,8 @@
 """What the kernels share: 64-row tiles, matrix products, masks, and the launch.
 
-A kernel here is one block of one or two warpgroups. Operands come by TMA copies into
-swizzled shared memory, products are `wgmma`s over 64 x 64 tiles, and the softmax runs
-in registers in powers of two.
+A kernel's block is one to four warpgroups. Operands come by TMA copies into swizzled
+shared memory, products are `wgmma`s over tiles of 64 rows, and the softmax runs in
+registers in powers of two.
 """
 
 from __future__ import annotations

@@ -1,0 +1,324 @@
+"""The gradient of fixed_forward.py.
+
+`summary_gradients` walks the later queries of a tile of summary keys; `block_gradients`
+walks as the forward does for dq, and makes dk and dv of the own block, which no other
+block of threads touches, adding those of its summary rows. So each gradient has one
+writer: no atomics, and the same bits every time.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from sparse_flax.attention.hopper import tiles
+from sparse_flax.attention.hopper.fixed_walk import Cut, Walk, copy_summaries, ring
+from sparse_flax.attention.hopper.tiles import LAYOUT, LOG2E, M
+
+
+def slots(T: int, walk: Walk, cut: Cut) -> int:
+    """Rows of the arrays that hold gradients of summary keys.
+
+    One tile in front and one behind let any 64 rows around a slice be read at once.
+    """
+    step = cut.warpgroups * M
+    return pl.cdiv(pl.cdiv(T, walk.block) * walk.summary, step) * step + 2 * M
+
+
+def summary_gradients(
+    q_BTHK,
+    k_BTHK,
+    v_BTHK,
+    d_out_BTHK,
+    lse_BHT,
+    delta_BHT,
+    walk,
+    scale,
+    cut,
+    interpret=False,
+):
+    """Return dk and dv of the summary keys, [B, slots, H, width], slot 0 in row 64.
+
+    Every query head has its own; they are not summed over groups.
+    """
+    B, T, H, K = q_BTHK.shape
+    dtype, group = q_BTHK.dtype, H // k_BTHK.shape[2]
+    W, N, S, C = cut.warpgroups, cut.columns, walk.block, walk.summary
+    per_block, end = S // N, T // N
+    rows = slots(T, walk, cut)
+    factor = scale * LOG2E
+
+    def body(q, k, v, d_out, lse, delta, dk, dv, *scratch):
+        ks, vs, qs, d_outs, lses, deltas, kv_bar, full, free = scratch
+        b, h, w = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
+        kv = lax.div(h, group)
+        slot0 = lax.axis_index("tile") * (W * M)  # the longest walks go first
+        mine = slot0 + w * M
+
+        def later(slot):  # the first query tile that sees this many slots
+            return jnp.minimum(slot * per_block, end)
+
+        begin = later(lax.div(slot0, C) + 1)
+        since, whole = later(lax.div(mine, C) + 1), later(pl.cdiv(mine + M, C))
+
+        def issue(j, buffer):
+            t = pl.ds((begin + j) * N, N)
+            bar = full.at[buffer]
+            plgpu.copy_gmem_to_smem(q.at[b, t, h], qs.at[buffer], bar)
+            plgpu.copy_gmem_to_smem(d_out.at[b, t, h], d_outs.at[buffer], bar)
+            plgpu.copy_gmem_to_smem(lse.at[b, h, t], lses.at[buffer], bar)
+            plgpu.copy_gmem_to_smem(delta.at[b, h, t], deltas.at[buffer], bar)
+
+        start, over_queries = ring(issue, full, free, end - begin, cut, w)
+        copy_summaries(walk, (k, v), (ks, vs), kv_bar, w, mine, (b, h, kv))
+        pl.when(w == 0)(start)
+        plgpu.barrier_wait(kv_bar.at[w])
+        keys, values = ks.at[w], vs.at[w]
+
+        def take(masked):
+            def use(j, buffer, sums):
+                def mask(s):
+                    if not masked:
+                        return s
+                    seen = lax.div(begin + j, per_block) * C - mine
+                    return jnp.where(tiles.positions(s, 0) < seen, s, -jnp.inf)
+
+                return _add_key_gradients(
+                    sums,
+                    (keys, values),
+                    tuple(x.at[buffer] for x in (qs, d_outs, lses, deltas)),
+                    mask,
+                    factor,
+                    dtype,
+                    interpret,
+                )
+
+            return use
+
+        def skip(j, buffer, sums):
+            return sums
+
+        sums = (tiles.zeros(M, K), tiles.zeros(M, K))
+        over_queries(0, since - begin, skip, 0)
+        sums = over_queries(since - begin, whole - begin, take(masked=True), sums)
+        sums = over_queries(whole - begin, end - begin, take(masked=False), sums)
+        ks[w] = (sums[0] * scale).astype(dtype)
+        vs[w] = sums[1].astype(dtype)
+        plgpu.commit_smem()
+        at = (b, pl.ds(M + mine, M), h)
+        plgpu.copy_smem_to_gmem(ks.at[w], dk.at[at])
+        plgpu.copy_smem_to_gmem(vs.at[w], dv.at[at])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    vector = plgpu.SMEM((cut.stages, N), jnp.float32)
+    return tiles.launch(
+        body,
+        name="fixed_summary_gradients",
+        out=(jax.ShapeDtypeStruct((B, rows, H, K), dtype),) * 2,
+        scratch=[
+            tiles.swizzled((W, M, K), dtype),
+            tiles.swizzled((W, M, K), dtype),
+            tiles.swizzled((cut.stages, N, K), dtype),
+            tiles.swizzled((cut.stages, N, K), dtype),
+            vector,
+            vector,
+            plgpu.Barrier(num_arrivals=2 * (M // walk.piece(M)), num_barriers=W),
+            plgpu.Barrier(num_arrivals=4, num_barriers=cut.stages),
+            plgpu.Barrier(num_arrivals=W, num_barriers=cut.stages),
+        ],
+        grid={"batch": B, "tile": (rows - 2 * M) // (W * M), "head": H},
+        threads=W,
+        interpret=interpret,
+    )(q_BTHK, k_BTHK, v_BTHK, d_out_BTHK, lse_BHT, delta_BHT)
+
+
+def _add_key_gradients(sums, own, others, mask, factor, dtype, interpret):
+    """Add to (dk / scale, dv) of the own keys what a tile of queries gives."""
+    queries, d_out, lse, delta = others
+    s, dp = _scores(*zip(own, (queries, d_out), strict=True))
+    p = _column_weights(mask(s), lse, factor)
+    ds = _column_slopes(p, dp, delta).astype(dtype)
+    products = [(0, ds, lambda: queries), (1, p.astype(dtype), lambda: d_out)]
+    return tiles.accumulate(sums, products, interpret)
+
+
+def _scores(*pairs):
+    return tiles.multiply(*((a, b.transpose((1, 0))) for a, b in pairs))
+
+
+def _column_weights(s, lse, factor):
+    lse = plgpu.load(lse, layout=LAYOUT.reduce(0)) * LOG2E
+    return jnp.exp2(s * factor - tiles.per_column(lse, s))
+
+
+def _column_slopes(p, dp, delta):
+    delta = plgpu.load(delta, layout=LAYOUT.reduce(0))
+    return p * (dp - tiles.per_column(delta, dp))
+
+
+def block_gradients(
+    q_BTHK,
+    k_BTHK,
+    v_BTHK,
+    d_out_BTHK,
+    lse_BHT,
+    delta_BHT,
+    summed,
+    walk,
+    scale,
+    cut,
+    interpret=False,
+):
+    """Return dq, dk and dv; `summed` is what summary_gradients returned, or None.
+
+    A block of threads holds whole blocks of the pattern. dk and dv have a head for
+    every query head.
+    """
+    B, T, H, K = q_BTHK.shape
+    dtype, group = q_BTHK.dtype, H // k_BTHK.shape[2]
+    W, N, S, C = cut.warpgroups, cut.columns, walk.block, walk.summary
+    Q = W * M
+    pieces = N // walk.piece(N)
+    factor = scale * LOG2E
+
+    def body(q, k, v, d_out, lse, delta, *refs):
+        (sum_k, sum_v), refs = (refs[:2], refs[2:]) if C else ((None, None), refs)
+        dq, dk, dv, qs, d_outs, own_k, own_v, lses, deltas, ks, vs, *refs = refs
+        own_bar, full, free, done = refs
+        b, h, w = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
+        kv = lax.div(h, group)
+        t0 = (T // Q - 1 - lax.axis_index("tile")) * Q  # the longest walks go first
+        row = t0 + w * M
+        first, mine = lax.div(t0, S), lax.div(row, S)
+        whole, total = lax.div(first * C, N), pl.cdiv(lax.div(t0 + Q - 1, S) * C, N)
+
+        def issue(j, buffer):
+            copy_summaries(walk, (k, v), (ks, vs), full, buffer, j * N, (b, h, kv))
+
+        start, over_slots = ring(issue, full, free, total, cut, w)
+        here = pl.ds(row, M)
+        for ref, buffer, head in (
+            (q, qs, h),
+            (d_out, d_outs, h),
+            (k, own_k, kv),
+            (v, own_v, kv),
+        ):
+            plgpu.copy_gmem_to_smem(ref.at[b, here, head], buffer.at[w], own_bar)
+        plgpu.copy_gmem_to_smem(lse.at[b, h, here], lses.at[w], own_bar)
+        plgpu.copy_gmem_to_smem(delta.at[b, h, here], deltas.at[w], own_bar)
+        if C:
+            pl.when(w == 0)(start)
+        plgpu.barrier_wait(own_bar)
+        queries, d_outs_held = qs.at[w], d_outs.at[w]
+        lse_row = plgpu.load(lses.at[w], layout=LAYOUT.reduce(1)) * LOG2E
+        delta_row = plgpu.load(deltas.at[w], layout=LAYOUT.reduce(1))
+
+        def add_query_gradients(acc, keys, values, mask):
+            s, dp = _scores((queries, keys()), (d_outs_held, values()))
+            p = jnp.exp2(mask(s) * factor - tiles.per_row(lse_row, s))
+            ds = (p * (dp - tiles.per_row(delta_row, dp))).astype(dtype)
+            return tiles.accumulate((acc,), [(0, ds, keys)], interpret)[0]
+
+        def summaries(masked):
+            def use(j, buffer, acc):
+                def mask(s):
+                    if not masked:
+                        return s
+                    return jnp.where(
+                        tiles.positions(s, 1) < mine * C - j * N, s, -jnp.inf
+                    )
+
+                keys, values = lambda: ks.at[buffer], lambda: vs.at[buffer]
+                return add_query_gradients(acc, keys, values, mask)
+
+            return use
+
+        def causal(s, keys, queries, key_tile, query_tile):
+            i = tiles.positions(s, queries) + query_tile * M
+            j = tiles.positions(s, keys) + key_tile * M
+            return jnp.where(i == j if walk.self_only else i >= j, s, -jnp.inf)
+
+        def own_queries(a, acc):
+            mask = functools.partial(
+                causal, keys=1, queries=0, key_tile=a, query_tile=w
+            )
+            keys, values = lambda: own_k.at[a], lambda: own_v.at[a]
+            return add_query_gradients(acc, keys, values, mask)
+
+        def own_key_scores(t, with_values):
+            pairs = [(own_k.at[w], qs.at[t]), (own_v.at[w], d_outs.at[t])]
+            s, *dp = _scores(*pairs[: 1 + with_values])
+            s = causal(s, keys=0, queries=1, key_tile=w, query_tile=t)
+            return _column_weights(s, lses.at[t], factor), *dp
+
+        def own_dk(t, dk):
+            p, dp = own_key_scores(t, True)
+            ds = _column_slopes(p, dp, deltas.at[t]).astype(dtype)
+            products = [(0, ds, lambda: qs.at[t])]
+            return tiles.accumulate((dk,), products, interpret)[0]
+
+        def own_dv(t, dv):
+            (p,) = own_key_scores(t, False)
+            products = [(0, p.astype(dtype), lambda: d_outs.at[t])]
+            return tiles.accumulate((dv,), products, interpret)[0]
+
+        def from_summaries(ref):
+            # Row i of the tile lies in slot mine * C + ahead + i, if in the slice.
+            ahead = row - mine * S - walk.slice_start(h)
+            at = jnp.clip(M + mine * C + ahead, 0, ref.shape[1] - M)
+            at = (b, pl.ds(at, M), h)
+            x = plgpu.load(ref.at[at], layout=LAYOUT, optimized=False)
+            i = tiles.positions(x, 0) + ahead
+            return jnp.where((i >= 0) & (i < C), x.astype(jnp.float32), 0.0)
+
+        def leave(x, buffer, ref):
+            buffer[...] = x.astype(dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(buffer, ref.at[b, here, h])
+
+        acc = tiles.zeros(M, K)
+        if C:
+            acc = over_slots(0, whole, summaries(masked=False), acc)
+            acc = over_slots(whole, total, summaries(masked=True), acc)
+        since = w if walk.self_only else lax.div((mine - first) * S, M)
+        until = w + 1 if walk.self_only else since + S // M
+        acc = lax.fori_loop(since, w + 1, own_queries, acc)
+        plgpu.barrier_arrive(done)
+        plgpu.barrier_wait(done)
+        # Nobody reads the ring any more, nor another's own keys: they carry results.
+        # dk and dv are made one after the other, for want of registers.
+        leave(acc * scale, ks.at[w, pl.ds(0, M)], dq)
+        x = lax.fori_loop(w, until, own_dk, tiles.zeros(M, K)) * scale
+        leave(x + from_summaries(sum_k) if C else x, own_v.at[w], dk)
+        x = lax.fori_loop(w, until, own_dv, tiles.zeros(M, K))
+        leave(x + from_summaries(sum_v) if C else x, own_k.at[w], dv)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    vector = plgpu.SMEM((W, M), jnp.float32)
+    return tiles.launch(
+        body,
+        name="fixed_block_gradients",
+        out=(jax.ShapeDtypeStruct((B, T, H, K), dtype),) * 3,
+        scratch=[
+            tiles.swizzled((W, M, K), dtype),
+            tiles.swizzled((W, M, K), dtype),
+            tiles.swizzled((W, M, K), dtype),
+            tiles.swizzled((W, M, K), dtype),
+            vector,
+            vector,
+            tiles.swizzled((cut.stages, N, K), dtype),
+            tiles.swizzled((cut.stages, N, K), dtype),
+            plgpu.Barrier(num_arrivals=6 * W),
+            plgpu.Barrier(num_arrivals=2 * pieces, num_barriers=cut.stages),
+            plgpu.Barrier(num_arrivals=W, num_barriers=cut.stages),
+            plgpu.Barrier(num_arrivals=W),
+        ],
+        grid={"batch": B, "tile": T // Q, "head": H},
+        threads=W,
+        interpret=interpret,
+    )(q_BTHK, k_BTHK, v_BTHK, d_out_BTHK, lse_BHT, delta_BHT, *(summed or ()))

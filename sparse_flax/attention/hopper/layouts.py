@@ -1,0 +1,57 @@
+"""What stands around the kernels of every pattern: padding, batches, shared heads."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+
+def up(n: int, multiple: int) -> int:
+    """The least multiple that is not below n."""
+    return -(-n // multiple) * multiple
+
+
+def fit(x: jax.Array, size: int, axis: int) -> jax.Array:
+    """Pad with zeros. Padded keys lie after every real query."""
+    missing = size - x.shape[axis]
+    if not missing:
+        return x
+    return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
+
+
+def sum_groups(x_BTHK: jax.Array, heads: int) -> jax.Array:
+    """Add up the gradients of the query heads that share a key head."""
+    B, T, H, K = x_BTHK.shape
+    if heads == H:
+        return x_BTHK
+    x = x_BTHK.reshape(B, T, heads, H // heads, K)
+    return jnp.sum(x, axis=3, dtype=jnp.float32).astype(x.dtype)
+
+
+def over_batch(run, *args):
+    """Call run; under vmap, join the mapped axis to the batch.
+
+    A kernel mapped as it is would gain a dimension, and its copies may have five.
+    """
+    mapped = jax.custom_batching.custom_vmap(run)
+
+    @mapped.def_vmap
+    def _(size, in_batched, *args):
+        args = [
+            x if batched else jnp.broadcast_to(x, (size, *x.shape))
+            for x, batched in zip(args, in_batched, strict=True)
+        ]
+        outs = over_batch(run, *(x.reshape(-1, *x.shape[2:]) for x in args))
+        outs = tuple(x.reshape(size, -1, *x.shape[1:]) for x in outs)
+        return outs, (True,) * len(outs)
+
+    return mapped(*args)
+
+
+def kept(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Name the results, so that a policy of jax.checkpoint can keep them."""
+    # Without it XLA runs the kernel twice in a scan over layers: once for what comes
+    # after, and once into the stack of results that the backward pass will read.
+    out, lse = jax.lax.optimization_barrier((out, lse))
+    return checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
