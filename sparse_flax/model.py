@@ -237,9 +237,7 @@ class SparseTransformer(nnx.Module):
         options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         return generate.generate(self, prompts, count, seed=seed, **options)
 
-    def embed(
-        self, inputs_BT: jax.Array, place: jax.Array | None = None
-    ) -> jax.Array:
+    def embed(self, inputs_BT: jax.Array, place: jax.Array | None = None) -> jax.Array:
         """Embed each input byte with that byte's own position, never its target's.
 
         The paper's sequence of embeddings is shifted right as a whole, behind a learned

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from conftest import noisy_model
 
+from sparse_flax import generate
 from sparse_flax.attention import Fixed
 from sparse_flax.model import START, ModelConfig
-from sparse_flax import generate
 from sparse_flax.sample import continue_text
+
+pytestmark = pytest.mark.usefixtures("compiles_quickly")
 
 CONFIG = ModelConfig(
     context=40,

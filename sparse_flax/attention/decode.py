@@ -77,16 +77,11 @@ def prefill(
     def keep(k, v, length):
         kv_BTHW = jnp.concatenate([k, v], axis=-1)
         H = k.shape[2] * group
-        return Cache(
-            pattern,
-            T,
-            tuple(
-                heads.places.keep(
-                    jnp.moveaxis(heads.of_keys(kv_BTHW, 2), 1, 0), length
-                )
-                for heads in _groups(pattern, T, H, group)
-            ),
-        )
+        kept = []
+        for heads in _groups(pattern, T, H, group):
+            kv_TBHW = jnp.moveaxis(_take(kv_BTHW, heads.keys, 2), 1, 0)
+            kept += [store.keep(kv_TBHW, length) for store in heads.stores]
+        return Cache(pattern, T, tuple(kept))
 
     batch, _, head, _ = _spec(k_BTHK)
     if batch or head:
@@ -140,38 +135,40 @@ def step(
 
 
 def _step(cache: Cache, q_BHK, k_BHK, v_BHV, t, layer, *, reach, scale):
-    H, K = q_BHK.shape[1:]
+    H = q_BHK.shape[1]
     kv_BHW = jnp.concatenate([k_BHK, v_BHV], axis=-1)
     groups = _groups(cache.pattern, cache.T, H, H // k_BHK.shape[1])
-    outs, kept = [], []
-    for heads, kv in zip(groups, cache.kv, strict=True):
-        kv = heads.places.write(kv, heads.of_keys(kv_BHW, 1), layer, t)
-        read = heads.places.read(kv, layer, t, reach)
-        outs.append(_attend(_take(q_BHK, heads.queries, 1), read, K, scale))
-        kept.append(kv)
+    outs, kept, before = [], [], iter(cache.kv)
+    for heads in groups:
+        pieces = []
+        for store in heads.stores:
+            kv = store.write(next(before), _take(kv_BHW, heads.keys, 1), layer, t)
+            pieces += store.read(kv, layer, t, reach)
+            kept.append(kv)
+        outs.append(_attend(_take(q_BHK, heads.queries, 1), pieces, scale))
     order = np.argsort([head for heads in groups for head in heads.queries])
     out_BHV = _take(jnp.concatenate(outs, axis=1), order, 1)
     return out_BHV.astype(v_BHV.dtype), dataclasses.replace(cache, kv=tuple(kept))
 
 
-def _attend(q_BHK, read, K: int, scale: float) -> jax.Array:
+def _attend(q_BHK, pieces, scale: float) -> jax.Array:
     """Softmax attention over some pieces (kv_SBHW, seen_S), float32.
 
     Sums of products and no matrix products: a query a key head is too few for those,
     and so the compiler reads the cache in place.
     """
-    B, H, _ = q_BHK.shape
-    H_kv = read[0][0].shape[2]
+    B, H, K = q_BHK.shape
+    H_kv = pieces[0][0].shape[2]
     q_BHGK = q_BHK.astype(jnp.float32).reshape(B, H_kv, H // H_kv, K) * scale
     logits, values = [], []
-    for kv_SBHW, seen_S in read:
+    for kv_SBHW, seen_S in pieces:
         kv_SBHGW = kv_SBHW[:, :, :, None].astype(jnp.float32)
         logits_SBHG = jnp.sum(q_BHGK * kv_SBHGW[..., :K], axis=-1)
         logits_BHGS = jnp.moveaxis(logits_SBHG, 0, -1)
         logits.append(jnp.where(seen_S, logits_BHGS, -jnp.inf))
         values.append(kv_SBHGW[..., K:])
     weights_BHGS = jax.nn.softmax(jnp.concatenate(logits, axis=-1))
-    ends = np.cumsum([seen_S.size for _, seen_S in read])[:-1]
+    ends = np.cumsum([seen_S.size for _, seen_S in pieces])[:-1]
     out_BHGV = sum(
         jnp.sum(jnp.moveaxis(weights, -1, 0)[..., None] * value, axis=0)
         for weights, value in zip(
@@ -231,81 +228,95 @@ class _Tokens:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Recent:
-    """A ring of the latest tokens, then the summaries of the blocks before them."""
+class _Ring:
+    """The latest tokens, position p at place p mod `places`."""
 
-    part: Part  # what the ring is for: Band, OwnBlock or Self
-    slices: parts.Summaries | None
-    offsets: tuple[int, ...]  # of the slices, for each head
+    part: parts.Band | parts.OwnBlock | parts.Self
     T: int
 
     @property
-    def ring(self) -> int:
-        """Places of the ring: position p lies at p mod ring."""
+    def places(self) -> int:
         part = self.part
         width = {parts.Band: "width", parts.OwnBlock: "size"}.get(type(part))
         return min(getattr(part, width), self.T) if width else 1
 
-    def _summaries(self, reach: int) -> int:
+    def keep(self, x_TBHW, length):
+        place = jnp.arange(self.places)
+        # The last position before `length` that lies at each place.
+        held = length - 1 - (length - 1 - place) % self.places
+        return _rows(x_TBHW, held[:, None])
+
+    def write(self, x_LSBHW, x_BHW, layer, t):
+        return _put(x_LSBHW, x_BHW, layer, t % self.places)
+
+    def read(self, x_LSBHW, layer, t, reach):
+        last = t % self.places if isinstance(self.part, parts.OwnBlock) else t
+        x_SBHW = _slice(x_LSBHW, (layer,), (1, self.places))[0]
+        return [(x_SBHW, jnp.arange(self.places) <= last)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slices:
+    """The summaries of whole blocks, one block after the other.
+
+    An array of its own: two writes into one would make the compiler copy it.
+    """
+
+    part: parts.Summaries
+    offsets: tuple[int, ...]  # of each head
+    T: int
+
+    @property
+    def places(self) -> int:
+        return self._before(self.T)
+
+    def _before(self, reach: int) -> int:
         """Places of the slices that queries before `reach` see."""
-        return (reach - 1) // self.slices.size * self.slices.width if self.slices else 0
+        return (reach - 1) // self.part.size * self.part.width
 
     def _starts(self) -> np.ndarray:
         """Where in a block the slice of each head begins."""
-        return self.slices.size - (np.array(self.offsets) + 1) * self.slices.width
+        return self.part.size - (np.array(self.offsets) + 1) * self.part.width
 
     def keep(self, x_TBHW, length):
-        place = jnp.arange(self.ring)
-        # The last position before `length` that lies at each place.
-        held = length - 1 - (length - 1 - place) % self.ring
-        held_SH = jnp.broadcast_to(held[:, None], (self.ring, x_TBHW.shape[2]))
-        if self._summaries(self.T):
-            block, within = np.divmod(
-                np.arange(self._summaries(self.T)), self.slices.width
-            )
-            slices = (block * self.slices.size + within)[:, None] + self._starts()
-            held_SH = jnp.concatenate([held_SH, slices])
-        if not x_TBHW.shape[0]:
-            x_TBHW = jnp.zeros_like(x_TBHW, shape=(1, *x_TBHW.shape[1:]))
-        # Places of tokens that are not there yet get anything: written before seen.
-        held_SH = jnp.clip(held_SH, 0, x_TBHW.shape[0] - 1)
-        return jnp.take_along_axis(x_TBHW, held_SH[:, None, :, None], axis=0)
+        del length  # what lies behind it is written before it is seen
+        block, within = np.divmod(np.arange(self.places), self.part.width)
+        held_SH = (block * self.part.size + within)[:, None] + self._starts()
+        return _rows(x_TBHW, held_SH)
 
     def write(self, x_LSBHW, x_BHW, layer, t):
-        x_LSBHW = _put(x_LSBHW, x_BHW, layer, t % self.ring)
-        if not self._summaries(self.T):
-            return x_LSBHW
-        size, width = self.slices.size, self.slices.width
-        # Slices end whole widths before their block does, so that all heads that keep
-        # this token have the same place for it. The others keep what they had there.
+        size, width = self.part.size, self.part.width
         block, within = t // size, t % size
         starts_H = self._starts()
         mine_H = (starts_H <= within) & (within < starts_H + width)
-        last = (self.T - 1) // size - 1  # no query sees the slice of a later block
-        place = self.ring + jnp.minimum(block, last) * width + (within - size) % width
+        # Slices end whole widths before their block does, so that all heads that keep
+        # this token have the same place for it. The others keep what they had there.
+        place = block * width + (within - size) % width
+        mine_H &= place < self.places  # no query sees the slice of the last block
+        place = jnp.minimum(place, self.places - 1)
         had_BHW = _slice(x_LSBHW, (layer, place), (1, 1))[0, 0]
-        mine_H1 = (mine_H & (block <= last))[:, None]
-        return _put(x_LSBHW, jnp.where(mine_H1, x_BHW, had_BHW), layer, place)
+        x_BHW = jnp.where(mine_H[:, None], x_BHW, had_BHW)
+        return _put(x_LSBHW, x_BHW, layer, place)
 
     def read(self, x_LSBHW, layer, t, reach):
-        last = t % self.ring if isinstance(self.part, parts.OwnBlock) else t
-        seen = jnp.arange(self.ring) <= last
-        if summaries := self._summaries(reach):
-            block = jnp.arange(summaries) // self.slices.width
-            seen = jnp.concatenate([seen, block < t // self.slices.size])
-        return [(_slice(x_LSBHW, (layer,), (1, self.ring + summaries))[0], seen)]
+        places = self._before(reach)
+        if not places:
+            return []
+        block = jnp.arange(places) // self.part.width
+        x_SBHW = _slice(x_LSBHW, (layer,), (1, places))[0]
+        return [(x_SBHW, block < t // self.part.size)]
+
+
+Store = _Tokens | _Ring | _Slices
 
 
 @dataclasses.dataclass(frozen=True)
 class _Heads:
     """Query heads that keep keys in the same manner, and the heads of their keys."""
 
-    places: _Tokens | _Recent
+    stores: tuple[Store, ...]
     queries: tuple[int, ...]
     keys: tuple[int, ...]
-
-    def of_keys(self, x: jax.Array, axis: int) -> jax.Array:
-        return _take(x, self.keys, axis)
 
 
 @functools.cache
@@ -320,21 +331,28 @@ def _groups(pattern: Pattern, T: int, H: int, group: int) -> list[_Heads]:
         alike.setdefault(tuple(manner), {})[head] = offset
     groups = []
     for manner, offset_of in alike.items():
-        queries = tuple(offset_of)
+        queries, offsets = tuple(offset_of), tuple(offset_of.values())
         keys = tuple(head // group for head in queries)
-        offsets = tuple(offset_of.values())
         if len(queries) == H and len(set(offsets)) == 1:
             # Query heads can share their key head only if all of them keep the same.
             keys = tuple(range(H // group))
             offsets = offsets[: len(keys)]
-        slices = [part for part in manner if isinstance(part, parts.Summaries)]
-        others = tuple(part for part in manner if part not in slices)
-        if any(isinstance(part, parts.All | parts.Columns) for part in others):
-            places = _Tokens(others, T)
-        else:
-            places = _Recent(others[0], slices[0] if slices else None, offsets, T)
-        groups.append(_Heads(places, queries, keys))
+        groups.append(_Heads(_stores(manner, offsets, T), queries, keys))
     return groups
+
+
+def _stores(
+    manner: tuple[Part, ...], offsets: tuple[int, ...], T: int
+) -> tuple[Store, ...]:
+    if any(isinstance(part, parts.All | parts.Columns) for part in manner):
+        return (_Tokens(manner, T),)
+    stores = [
+        _Slices(part, offsets, T)
+        if isinstance(part, parts.Summaries)
+        else _Ring(part, T)
+        for part in manner
+    ]
+    return tuple(store for store in stores if store.places)
 
 
 # ---- Arrays ------------------------------------------------------------------------
@@ -352,6 +370,14 @@ def _slice(x: jax.Array, starts: tuple, sizes: tuple[int, ...]) -> jax.Array:
     rest = x.ndim - len(sizes)
     starts = (*starts, *[0] * (x.ndim - len(starts)))
     return jax.lax.dynamic_slice(x, starts, (*sizes, *x.shape[x.ndim - rest :]))
+
+
+def _rows(x_TBHW: jax.Array, held_SH) -> jax.Array:
+    """Take the row of each place and head; any row where there is none yet."""
+    if not x_TBHW.shape[0]:
+        x_TBHW = jnp.zeros_like(x_TBHW, shape=(1, *x_TBHW.shape[1:]))
+    held_SH = jnp.clip(held_SH, 0, x_TBHW.shape[0] - 1)
+    return jnp.take_along_axis(x_TBHW, held_SH[:, None, :, None], axis=0)
 
 
 def _put(x_LSBHW: jax.Array, x_BHW: jax.Array, layer, place) -> jax.Array:
