@@ -73,8 +73,8 @@ def generate(
     bytes_BT = np.zeros((B, T), np.int32)
     for row, n in enumerate(rows):
         bytes_BT[row, : lengths[n]] = np.frombuffer(prompts[n], np.uint8)
-    keys_B = jnp.stack([jax.random.key(seed + n) for n in rows])
-    lengths_B = jnp.asarray([lengths[n] for n in rows], jnp.int32)
+    keys = tuple(jax.random.key(seed + n) for n in rows)
+    lengths_B = np.array([lengths[n] for n in rows], np.int32)
     filters = (top_k or model.config.vocabulary, top_p)
     if filters == (model.config.vocabulary, 1):
         filters = None
@@ -94,7 +94,7 @@ def generate(
             bytes_BT,
             (first, done),
             lengths_B,
-            keys_B,
+            keys,
             temperature,
             filters,
             reach=min(done + -done % quarter, T),
@@ -189,7 +189,7 @@ def _sample(
     bytes_BT,
     first_and_end,
     lengths_B,
-    keys_B,
+    keys,
     temperature,
     filters,
     *,
@@ -209,7 +209,7 @@ def _sample(
             lambda key, logits_N: jax.random.categorical(
                 jax.random.fold_in(key, position), logits_N
             )
-        )(keys_B, logits_BN)
+        )(jnp.stack(keys), logits_BN)
         given_B = jax.lax.dynamic_index_in_dim(bytes_BT, position, 1, False)
         byte_B = jnp.where(position < lengths_B, given_B, byte_B)
         bytes_BT = jax.lax.dynamic_update_index_in_dim(bytes_BT, byte_B, position, 1)

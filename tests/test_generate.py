@@ -166,7 +166,7 @@ def compiled_loop(pattern, T):
         jax.ShapeDtypeStruct((2, T), jnp.int32),
         (scalar, scalar),
         jax.ShapeDtypeStruct((2,), jnp.int32),
-        jax.eval_shape(lambda: jax.random.split(jax.random.key(0))),
+        (jax.random.key(0), jax.random.key(1)),
         1.0,
         None,
     )
