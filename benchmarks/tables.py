@@ -41,15 +41,16 @@ def attention_table(result: dict) -> str:
 
 def train_step_table(result: dict) -> str:
     """A line a model, pattern and setting."""
-    lines = [
-        ["model", "pattern", "batch", "dropout", "remat", "tokens/s", "ms", "MFU", "GB"]
-    ]
-    lines.append(["---"] * len(lines[0]))
+    head = "model, pattern, batch, dropout, remat, unroll, tokens/s, ms (5 % to 95 %)"
+    head = [*head.split(", "), "MFU", "GB"]
+    lines = [head, ["---"] * len(head)]
     for row in result["rows"]:
         line = [row["model"], f"`{row['pattern']}`", str(row["batch_size"])]
-        line += [f"{row['dropout']:g}", row["remat"], f"{row['tokens_per_s']:,.0f}"]
+        line += [f"{row['dropout']:g}", row["remat"], str(row["unroll"])]
+        low, high = row["step_ms_spread"]
         line += [
-            f"{row['step_ms']:.1f}",
+            f"{row['tokens_per_s']:,.0f}",
+            f"{row['step_ms']:.1f} ({low:.1f} to {high:.1f})",
             f"{row['mfu']:.1%}",
             f"{row['memory_gb']:.1f}",
         ]
@@ -61,7 +62,8 @@ def _on(result: dict) -> str:
     versions = result["versions"]
     if not isinstance(versions, str):
         versions = ", ".join(f"{name} {number}" for name, number in versions.items())
-    return f"On {result['hardware']} ({versions})."
+    command = f": `{result['command']}`" if "command" in result else ""
+    return f"On {result['hardware']} ({versions}){command}."
 
 
 def _times(row: dict | None) -> str:

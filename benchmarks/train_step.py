@@ -17,6 +17,7 @@ import argparse
 import itertools
 import json
 import runpy
+import shlex
 import subprocess
 import sys
 import time
@@ -43,15 +44,16 @@ def main() -> None:
         print(json.dumps(measure(args)))
         return
     cases = [
-        (model, args.batch_size or batch, pattern, dropout, remat)
-        for (model, batch, pattern), dropout, remat in itertools.product(
-            CASES, args.dropout, args.remat
+        (model, args.batch_size or batch, pattern, dropout, remat, unroll)
+        for (model, batch, pattern), dropout, remat, unroll in itertools.product(
+            CASES, args.dropout, args.remat, args.unroll
         )
         if model in args.models and pattern in (args.patterns or [pattern])
     ]
-    rows, began = [], time.monotonic()
-    for number, (model, batch, pattern, dropout, remat) in enumerate(cases):
-        named = f"{model} {pattern} dropout {dropout} remat {remat}"
+    rows, failed, began = [], 0, time.monotonic()
+    for number, case in enumerate(cases):
+        model, batch, pattern, dropout, remat, unroll = case
+        named = f"{model} {pattern} dropout {dropout} remat {remat} unroll {unroll}"
         left = (time.monotonic() - began) / max(number, 1) * (len(cases) - number)
         eta = f" | eta {left:.0f} s" if number else ""
         print(f"case {number + 1} of {len(cases)}: {named}{eta}", flush=True)
@@ -59,11 +61,12 @@ def main() -> None:
         command += ["--patterns", pattern, "--dropout", str(dropout), "--remat", remat]
         command += ["--batch_size", str(batch), "--steps", str(args.steps)]
         command += ["--attention", args.attention, "--trace", args.trace]
-        command += ["--unroll", str(args.unroll)]
+        command += ["--unroll", str(unroll)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         if done.returncode:
             tail = done.stderr.strip().splitlines()[-1:] or ["no message"]
             print(f"  failed: {tail[0][:300]}", flush=True)
+            failed += 1
             continue
         row = json.loads(done.stdout.strip().splitlines()[-1])
         about = {key: row.pop(key) for key in ("hardware", "versions")}
@@ -74,9 +77,12 @@ def main() -> None:
             f"MFU {row['mfu']:.1%} | {row['memory_gb']:.1f} GB",
             flush=True,
         )
-        record = {**about, "command": " ".join(sys.argv), "rows": rows}
+        command = f"python {shlex.join(sys.argv)}"
+        record = {**about, "command": command, "rows": rows}
         args.output.parent.mkdir(exist_ok=True, parents=True)
         args.output.write_text(json.dumps(record, indent=1) + "\n")
+    if failed:
+        sys.exit(f"{failed} of {len(cases)} cases failed")
 
 
 def parse() -> argparse.Namespace:
@@ -88,7 +94,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--remat", nargs="+", default=["none"])
     parser.add_argument("--batch_size", type=int, default=0, help="0: each case's own")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--unroll", type=int, default=1)
+    parser.add_argument("--unroll", nargs="+", type=int, default=[1])
     parser.add_argument("--attention", default="", help="an implementation by name")
     parser.add_argument("--trace", default="", help="a folder for a profile")
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -115,7 +121,7 @@ def measure(args: argparse.Namespace) -> dict:
     config.model.dropout = args.dropout[0]
     config.model.remat = args.remat[0]
     config.model.attention = args.attention
-    config.model.unroll = args.unroll
+    config.model.unroll = args.unroll[0]
     config.train.batch_size = args.batch_size
     config, _ = finalize(config)
     model_config = config_lib.model_config(config)

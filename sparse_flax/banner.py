@@ -14,6 +14,7 @@ import jax
 from ml_collections import ConfigDict
 
 from sparse_flax import __version__, devices
+from sparse_flax.config import explain_attention
 from sparse_flax.data.bytes import Splits
 from sparse_flax.model import ModelConfig, SparseTransformer, parameter_count
 from sparse_flax.workdir import WorkDir
@@ -63,6 +64,8 @@ def show(
     )
     say(f"parameters         {parameter_count(model):,}")
     say(f"patterns           {config.model.patterns}")
+    told = (f"{x.implementation}: {x.reason}" for x in explain_attention(config))
+    say(f"attention          {'; '.join(dict.fromkeys(told))}")
     tokens = config.train.batch_size * model_config.context
     say(
         f"tokens a step      {tokens:,} ({config.train.batch_size} sequences of "

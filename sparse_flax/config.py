@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from sparse_flax import attention
@@ -70,7 +71,7 @@ def defaults() -> ConfigDict:
                 "weight_decay": 0.01,  # decoupled, on matrices and tables
                 "clip_norm": 1.0,  # global norm of the gradient
                 "ema_decay": 0.999,  # of averaged weights, after a ramp
-                "loss_scale": 65536.0,  # of float16 at the start: see loss_scale.py
+                "loss_scale": 65536.0,  # of float16 at step 0; then in the checkpoint
             },
             "train": {
                 "steps": 1000,
@@ -138,6 +139,34 @@ def model_config(config: ConfigDict) -> ModelConfig:
     )
 
 
+def explain_attention(
+    config: ConfigDict, device_kind: str | None = None
+) -> list[attention.Explanation]:
+    """Say what each pattern of a finalized configuration runs, for a whole batch.
+
+    Args:
+      config: finalized.
+      device_kind: as for `attention.explain`.
+
+    Raises:
+      UserError: `model.attention` names an implementation that cannot run this.
+    """
+    m, rows = model_config(config), config.train.batch_size
+    K, V = m.qk_width // m.heads, m.width // m.heads
+    q, k, v = (
+        jax.ShapeDtypeStruct((rows, m.context, m.heads, width), m.dtype)
+        for width in (K, K, V)
+    )
+    kwargs = {"device_kind": device_kind, "implementation": m.implementation}
+    try:
+        return [
+            attention.explain(pattern, q, k, v, **kwargs)
+            for pattern in dict.fromkeys(m.patterns)
+        ]
+    except ValueError as error:
+        raise UserError(f"model.attention: {error}") from None
+
+
 def changes(old: dict[str, Any], new: ConfigDict) -> list[str]:
     """Compare a run's saved configuration with the one it is to go on with.
 
@@ -160,11 +189,11 @@ def changes(old: dict[str, Any], new: ConfigDict) -> list[str]:
                 f"{a!r}, which cannot change once parameters exist; use {a!r}, or "
                 "another --workdir"
             )
-    # Data are compared by content.
+    # Data are compared by content, and the scale is in the checkpoint.
     return [
         f"{name}: {a} -> {b}"
         for name, (a, b) in changed.items()
-        if not name.startswith("data.")
+        if not name.startswith(("data.", "optim.loss_scale"))
     ]
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 from ml_collections import ConfigDict
 
-from sparse_flax import advice, attention, devices, flops, memory
+from sparse_flax import advice, devices, flops, memory
 from sparse_flax import config as config_lib
 from sparse_flax.config_checks import finalize
 from sparse_flax.devices import Budget
@@ -41,12 +41,16 @@ def run(config: ConfigDict, device: str | None = None, say: Say = print) -> bool
     given = device and devices.named(device)  # before any work
     found = memory.mesh_devices(math.prod(config.mesh[axis] for axis in MESH_AXES))
     budget = given or devices.here()
-    show_costs(config, say)
+    config_lib.explain_attention(config)  # what is compiled here; or a sentence
+    show_costs(config, say, given and given.device)
     return show_memory(config, found, budget, say)
 
 
-def show_costs(config: ConfigDict, say: Say) -> None:
-    """Print the parameters of a finalized configuration, and what a step costs."""
+def show_costs(config: ConfigDict, say: Say, device_kind: str | None = None) -> None:
+    """Print the parameters of a finalized configuration, and what a step costs.
+
+    `device_kind` is for what attention runs; None: the device that is here.
+    """
     model_config = config_lib.model_config(config)
     model = jax.eval_shape(
         lambda key: SparseTransformer(model_config, key), jax.random.key(0)
@@ -57,11 +61,9 @@ def show_costs(config: ConfigDict, say: Say) -> None:
         size = math.prod(leaf.shape)
         say(f"{name.removesuffix('.value'):<24} {shape:>20} {size:>14,}")
     say(f"parameters: {parameter_count(model):,}")
-    B, T, H = config.train.batch_size, model_config.context, model_config.heads
-    q = k = (B, T, H, model_config.qk_width // H)
-    v = (B, T, H, model_config.width // H)
-    for pattern in dict.fromkeys(model_config.patterns):
-        say(str(attention.explain(pattern, q, k, v)))
+    B, T = config.train.batch_size, model_config.context
+    for explanation in config_lib.explain_attention(config, device_kind):
+        say(str(explanation))
     say(f"tokens a step: {B * T:,}")
     once = B * flops.train_flops(model_config)
     again = B * flops.recomputed_flops(model_config)

@@ -90,6 +90,7 @@ class EvalRun:
             "dtype": self.config.model.dtype,
         }
         with jax.set_mesh(self.mesh):
+            config_lib.explain_attention(self.config)  # or refuse it, in a sentence
             for warning in banner.unused_accelerators():
                 say(f"WARNING: {warning}")
         if self.splits.notice:

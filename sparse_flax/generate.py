@@ -177,7 +177,6 @@ def step(
         cycle,
         (x_B1D, caches),
         (blocks, jnp.arange(len(layers))),
-        unroll=model.config.unroll,
     )
     return model.logits(x_B1D)[:, 0], caches
 

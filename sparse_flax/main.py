@@ -47,11 +47,12 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where everything is written; runs/<config name> by default."
 )
 
-OF_ONE_MODE = {
-    "follow": "eval",
-    "checkpoint_step": "eval",
-    "device": "dry_run",
-    "profile": "train",
+OF_SOME_MODES = {
+    "follow": ["eval"],
+    "checkpoint_step": ["eval"],
+    "device": ["dry_run"],
+    "profile": ["train"],
+    "workdir": ["train", "eval"],
 }
 
 
@@ -64,12 +65,11 @@ def main(argv: list[str]) -> int:
         raise UserError(
             f"--config is missing; try --config=configs/quickstart.py{without}"
         )
-    for name, mode in OF_ONE_MODE.items():
-        value = flags.FLAGS[name].value
-        if value not in (None, False, 0) and _MODE.value != mode:
+    for name, modes in OF_SOME_MODES.items():
+        if flags.FLAGS[name].present and _MODE.value not in modes:
             raise UserError(
-                f"--{name}={value} does nothing in --mode={_MODE.value}; leave it out, "
-                f"or use --mode={mode}"
+                f"--{name}={flags.FLAGS[name].value} does nothing in --mode="
+                f"{_MODE.value}; leave it out, or use --mode={modes[0]}"
             )
     if _FOLLOW.value and _CHECKPOINT_STEP.value is not None:
         raise UserError(

@@ -118,14 +118,17 @@ def attention_bytes(config: ConfigDict, device: jax.Device) -> int:
         jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device))
         for x in layer_shapes(config)
     )
-    return max(
-        jax.jit(functools.partial(_attend_and_back, config.model.attention, pattern))
-        .lower(q, k, v, v)
-        .compile()
-        .memory_analysis()
-        .temp_size_in_bytes
-        for pattern in set(attention.parse(config.model.patterns))
-    )
+    with jax.default_device(device):  # whose implementation is picked
+        return max(
+            jax.jit(
+                functools.partial(_attend_and_back, config.model.attention, pattern)
+            )
+            .lower(q, k, v, v)
+            .compile()
+            .memory_analysis()
+            .temp_size_in_bytes
+            for pattern in set(attention.parse(config.model.patterns))
+        )
 
 
 def _attend_and_back(implementation, pattern, q, k, v, d_out):
@@ -153,9 +156,10 @@ def least_bytes_moved(config: ConfigDict) -> dict[str, int]:
     """Return what one device must at least read and write in a step, by part.
 
     state: parameters, optimizer state and averaged weights read once and written once,
-    gradients written and read; attention: q, k, v and out moved once forward, and with
-    their gradients once backward. No activation between layers, no weight read a second
-    time and no communication is counted, so a real step moves more.
+    gradients written and read, once however many micro-batches; attention: q, k, v and
+    out moved once forward, and with their gradients once backward. No activation
+    between layers, no weight read a second time and no communication is counted, so a
+    real step moves more.
     """
     parts = state_bytes(config)
     micro_batches = config.train.accumulate

@@ -293,8 +293,15 @@ class SparseTransformer(nnx.Module):
         return blocks, jnp.arange(self.config.layers).reshape(shape)
 
     def _run_blocks(self, x_BTD: jax.Array, keys_B: jax.Array | None) -> jax.Array:
-        """Scan over the pattern cycles, each block rematerialised on its own."""
+        """Scan over the pattern cycles, each block rematerialised on its own.
+
+        Without a loop where `unroll` reaches their number: nothing is then copied into
+        stacks over layers, and compiling takes longer.
+        """
         config = self.config
+        blocks, layers = self.cycles()
+        cycles = len(layers)
+        is_loop = config.unroll < cycles
 
         def apply(x_BTD, block, layer, keys_B, pattern):
             layer_keys_B = None if keys_B is None else _fold_in(keys_B, layer)
@@ -304,7 +311,8 @@ class SparseTransformer(nnx.Module):
             apply = jax.checkpoint(
                 apply,
                 policy=jax.checkpoint_policies.save_only_these_names(*kept),
-                prevent_cse=False,  # a scan already keeps the two passes apart
+                # A loop keeps the two passes apart by itself, if it holds all cycles.
+                prevent_cse=not is_loop or cycles % config.unroll > 0,
                 static_argnums=(4,),
             )
 
@@ -315,7 +323,17 @@ class SparseTransformer(nnx.Module):
                 x_BTD = apply(x_BTD, block, layers[place], keys_B, pattern)
             return x_BTD, None
 
-        x_BTD, _ = jax.lax.scan(cycle, x_BTD, self.cycles(), unroll=config.unroll)
+        if is_loop:
+            x_BTD, _ = jax.lax.scan(
+                cycle, x_BTD, (blocks, layers), unroll=config.unroll
+            )
+            return x_BTD
+        # Split, not indexed: the gradients are then put together once, not added up.
+        leaves, structure = jax.tree.flatten((blocks, layers))
+        for turn in zip(
+            *(jax.lax.split(x, (1,) * cycles) for x in leaves), strict=True
+        ):
+            x_BTD, _ = cycle(x_BTD, structure.unflatten([x[0] for x in turn]))
         return x_BTD
 
 

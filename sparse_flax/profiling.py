@@ -65,8 +65,8 @@ class Profile:
             )
         elif self.steps and self._seen <= WARM_UP:
             self.say(
-                f"no trace: it begins after {WARM_UP} steps, and there were "
-                f"{self._seen}; raise train.steps"
+                f"no trace: it begins after {WARM_UP} steps, and this run made "
+                f"{self._seen}"
             )
         self.steps = 0
 

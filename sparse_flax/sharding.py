@@ -87,7 +87,6 @@ def split_batch(batch: Any, parts: int) -> Any:
 
     Row i goes to micro-batch i mod parts, so that each device keeps its own rows.
     """
-
     on_mesh = not jax.sharding.get_abstract_mesh().empty
 
     def split(x: jax.Array) -> jax.Array:

@@ -37,10 +37,12 @@ def test_a_gpu_is_asked_for_every_implementation_and_dense_cudnn():
 def test_train_step_table():
     row = {"model": "enwik8", "pattern": "Strided(128)", "batch_size": 8}
     row |= {"dropout": 0.4, "remat": "none", "tokens_per_s": 123456.7}
-    row |= {"step_ms": 98.76, "mfu": 0.5, "memory_gb": 12.34}
+    row |= {"step_ms": 98.76, "step_ms_spread": [97.0, 99.04], "unroll": 3}
+    row |= {"mfu": 0.5, "memory_gb": 12.34}
     result = {"hardware": "it", "versions": {"jax": "9"}, "rows": [row]}
     assert (
-        "| enwik8 | `Strided(128)` | 8 | 0.4 | none | 123,457 | 98.8 | 50.0% | 12.3 |"
+        "| enwik8 | `Strided(128)` | 8 | 0.4 | none | 3 | 123,457 "
+        "| 98.8 (97.0 to 99.0) | 50.0% | 12.3 |"
     ) in tables.train_step_table(result)
 
 

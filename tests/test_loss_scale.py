@@ -58,7 +58,7 @@ def test_an_overflow_skips_the_step_and_halves_the_scale_across_a_restart(
 
 
 def test_float16_learns_what_bfloat16_does(tmp_path, text):
-    """The quickstart itself is compared on a GPU: see tests/test_gpu.py."""
+    """On a tiny model; the README has the quickstart's figures."""
     ends = {}
     for dtype in ("float16", "bfloat16"):
         config = tiny(text, model__dtype=dtype, train__steps=30, eval__every_steps=0)

@@ -13,7 +13,7 @@ import pytest
 
 from sparse_flax import config as config_lib
 from sparse_flax import optim, state
-from sparse_flax.attention import Columns, Dense, Fixed, Strided, parse
+from sparse_flax.attention import Columns, Dense, Fixed, Local, Strided, parse
 from sparse_flax.config_checks import finalize
 from sparse_flax.evaluate import cross_entropy
 from sparse_flax.model import (
@@ -329,6 +329,37 @@ def test_rematerialisation_changes_no_number():
             jax.tree.leaves(other_grads), jax.tree.leaves(grads), strict=True
         ):
             assert_close(a, b, 1e-5)
+
+
+@pytest.mark.slow
+def test_unrolling_changes_no_number():
+    remat = "attention+mlp"
+    args = some_inputs(), jax.random.key(4)
+    patterns = (Strided(4), Local(3))
+    looped, *unrolled = (
+        loss_and_gradients(
+            tiny(unroll=n, remat=remat, dropout=0.3, patterns=patterns, layers=6), *args
+        )
+        for n in (1, 2, 3)
+    )
+    for other in unrolled:
+        for a, b in zip(jax.tree.leaves(looped), jax.tree.leaves(other), strict=True):
+            assert_close(a, b, 1e-5)
+
+
+@pytest.mark.slow
+def test_unrolling_undoes_no_rematerialisation():
+    def work_space(**changes):
+        wide = {"layers": 4, "patterns": (Local(3),), "width": 64, "feed_forward": 256}
+        model = tiny(**wide, **changes)
+        inputs_BT = jnp.zeros((16, 16), jnp.int32)
+        compiled = jax.jit(loss_and_gradients.__wrapped__).lower(model, inputs_BT)
+        return compiled.compile().memory_analysis().temp_size_in_bytes
+
+    kept = work_space(remat="none")
+    # Of four cycles: one is left over beside the loop, and there is no loop.
+    for unroll in (3, 4):
+        assert work_space(remat="full", unroll=unroll) < 0.6 * kept
 
 
 def test_keeps_for_the_backward_pass_what_it_says():

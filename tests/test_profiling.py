@@ -45,7 +45,7 @@ def test_a_run_that_is_too_short_says_so(tmp_path, steps):
     run(Profile(5, tmp_path, contextlib.nullcontext, said.append), steps)
     (line,) = said
     if steps == WARM_UP:
-        assert line.startswith("no trace: it begins after 3 steps, and there were 3;")
+        assert line.startswith("no trace: it begins after 3 steps, and this run made 3")
         assert not list(tmp_path.iterdir())
     else:
         assert line.startswith("traced 1 steps")

@@ -42,12 +42,13 @@ def configuration(patterns="PerHead((Strided(4), Fixed(4, 2, rotate=True)))"):
 
 
 @pytest.mark.slow
-def test_micro_batches_on_a_mesh_give_the_same_step():
+def test_micro_batches_and_no_loop_on_a_mesh_give_the_same_step():
     scores = {}
     for sizes, parts in (((1, 1, 1), 1), ((2, 2, 2), 2)):
         config = configuration("Local(4)")
         config.unlock()
         config.train.accumulate = parts
+        config.model.unroll = parts
         optimizer = optim.make_optimizer(config.optim)
         with jax.set_mesh(make_mesh(*sizes)):
             now = state.create(

@@ -21,7 +21,8 @@ from typing import NoReturn
 import numpy as np
 from absl import app, flags
 
-from sparse_flax.data import archives, bytes, prepared
+from sparse_flax.data import archives, prepared
+from sparse_flax.data import bytes as byte_data
 from sparse_flax.errors import UserError
 
 _NAME = flags.DEFINE_string(
@@ -49,7 +50,7 @@ def prepare(
 
     Args:
       name: 'enwik8' or 'text8'; 'bytes' or 'images', or 'bytes/MINE' for one of many.
-      path: as `bytes.load` takes it; for images as this file says at the top.
+      path: as `byte_data.load` takes it; for images as this file says at the top.
       folder: where enwik8 and text8 are looked for and downloaded to without a path.
       data_dir: where TFDS has its sets; '' is its default.
       say: takes a line for the user.
@@ -116,7 +117,7 @@ def _bytes(kind: str, path: str, folder: str) -> dict[str, np.ndarray]:
     if kind == "bytes" and not path:
         raise UserError("--path is missing; give the file or folder to store")
     try:
-        splits = bytes.load(kind, path, folder)
+        splits = byte_data.load(kind, path, folder)
     except UserError as error:  # Our flags have other names than the trainer's.
         text = re.sub(r"(--config\.)?\bdata\.(name|path|folder)=", r"--\2=", str(error))
         raise UserError(text) from error

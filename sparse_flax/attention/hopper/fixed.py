@@ -134,6 +134,9 @@ def _attend(plan: Plan, q, k, v):
 
 def _attend_forward(plan, q, k, v):
     out, lse = _over_batch(functools.partial(_forward, plan), q, k, v)
+    # Without it XLA runs the kernel twice in a scan over layers: once for what comes
+    # after, and once into the stack of results that the backward pass will read.
+    out, lse = jax.lax.optimization_barrier((out, lse))
     # Named here, so that a policy of jax.checkpoint can keep them.
     out, lse = (
         checkpoint_name(out, "attention_out"),
