@@ -33,7 +33,7 @@ def write_samples(
       options: config.eval; its prompt_bytes, samples and sample_bytes (0: none).
       path: of the file.
       seed: of the first sample; the others have the next ones.
-      stop, say: as for `continue_text`.
+      stop, say: as for `generate`.
 
     Returns:
       What was written, for a person; empty where nothing was.
