@@ -33,6 +33,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -113,25 +114,39 @@ class Block(nnx.Module):
         keys_B: jax.Array | None,
     ) -> jax.Array:
         """Return the residual stream after this block; `keys_B` None drops nothing."""
-        keys = (None, None)
-        if keys_B is not None:
-            keys = [_fold_in(keys_B, branch) for branch in range(2)]
+        q, k, v = (checkpoint_name(x, "qkv") for x in self.qkv(x_BTD))
+        a_BTHV = sparse_attention(
+            q, k, v, pattern, implementation=config.implementation
+        )
+        return self.after_attention(x_BTD, a_BTHV, config.dropout, keys_B)
+
+    def qkv(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return the queries [B, T, H, K], keys, and values [B, T, H, V]."""
         h = _norm(x_BTD, self.norm1_scale_D, self.norm1_bias_D, 1e-5)
         q_BTHK = _project("BTD,DHK->BTHK", h, self.query_DHK, self.query_bias_HK)
         k_BTHK = _project("BTD,DHK->BTHK", h, self.key_DHK, self.key_bias_HK)
         v_BTHV = _project("BTD,DHV->BTHV", h, self.value_DHV, self.value_bias_HV)
-        q, k, v = (checkpoint_name(x, "qkv") for x in (q_BTHK, k_BTHK, v_BTHV))
-        a_BTHV = sparse_attention(
-            q, k, v, pattern, implementation=config.implementation
-        )
+        return q_BTHK, k_BTHK, v_BTHV
+
+    def after_attention(
+        self,
+        x_BTD: jax.Array,
+        a_BTHV: jax.Array,
+        dropout: float = 0.0,
+        keys_B: jax.Array | None = None,
+    ) -> jax.Array:
+        """Add what the attention heads give to the residual stream, then the MLP."""
+        keys = (None, None)
+        if keys_B is not None:
+            keys = [_fold_in(keys_B, branch) for branch in range(2)]
         a_BTD = _project("BTHV,HVD->BTD", a_BTHV, self.out_HVD, self.out_bias_D)
-        x_BTD = x_BTD + _dropout(a_BTD, config.dropout, keys[0])
+        x_BTD = x_BTD + _dropout(a_BTD, dropout, keys[0])
         x_BTD = checkpoint_name(x_BTD, "residual")
         h = _norm(x_BTD, self.norm2_scale_D, self.norm2_bias_D, 1e-5)
         f_BTF = _project("BTD,DF->BTF", h, self.up_DF, self.up_bias_F)
         f_BTF = quick_gelu(checkpoint_name(f_BTF, "mlp"))
         f_BTD = _project("BTF,FD->BTD", f_BTF, self.down_FD, self.down_bias_D)
-        return x_BTD + _dropout(f_BTD, config.dropout, keys[1])
+        return x_BTD + _dropout(f_BTD, dropout, keys[1])
 
 
 class SparseTransformer(nnx.Module):
@@ -189,7 +204,10 @@ class SparseTransformer(nnx.Module):
         if dropout_key is not None:
             rows_B = batch_rows(inputs_BT.shape[0]) if rows_B is None else rows_B
             keys_B = jax.vmap(jax.random.fold_in, (None, 0))(dropout_key, rows_B)
-        x_BTD = self._run_blocks(x_BTD, keys_B)
+        return self.logits(self._run_blocks(x_BTD, keys_B))
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """Return the logits [B, T, 256] that the last block's output gives, float32."""
         h = _norm(x_BTD, self.norm_scale_D, self.norm_bias_D, 1e-6)
         # Float32 logits from compute-dtype operands: the sum is kept, not rounded.
         return jnp.einsum(
@@ -200,11 +218,31 @@ class SparseTransformer(nnx.Module):
             out_sharding=activation("BTN"),
         )
 
-    def embed(self, inputs_BT: jax.Array) -> jax.Array:
+    def generate(
+        self,
+        prompts: Sequence[bytes],
+        count: int,
+        *,
+        seed: int = 0,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+    ) -> list[bytes]:
+        """Continue each prompt by `count` bytes, as `generate.generate` says.
+
+        >>> model.generate([b"def ", b""], 100, temperature=0.9)
+        """
+        from sparse_flax import generate  # late: it is written in terms of this module
+
+        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        return generate.generate(self, prompts, count, seed=seed, **options)
+
+    def embed(self, inputs_BT: jax.Array, place: jax.Array | None = None) -> jax.Array:
         """Embed each input byte with that byte's own position, never its target's.
 
         The paper's sequence of embeddings is shifted right as a whole, behind a learned
-        start vector without a position.
+        start vector without a position. With `place`, an int32 scalar, the inputs are
+        entry `place` of a longer sequence alone.
         """
         dtype = jnp.dtype(self.config.dtype)
         T = inputs_BT.shape[1]
@@ -217,8 +255,11 @@ class SparseTransformer(nnx.Module):
             self.token_ND[...].astype(dtype),
             out_sharding=activation("BTD"),
         )
-        position_TD = self._positions(T - 1).astype(dtype)
-        position_TD = jnp.pad(position_TD, [(1, 0), (0, 0)])
+        if place is None:
+            position_TD = self._positions(T - 1).astype(dtype)
+            position_TD = jnp.pad(position_TD, [(1, 0), (0, 0)])
+        else:
+            position_TD = self._position(place - 1).astype(dtype)
         start_D = self.start_D[...].astype(dtype)
         is_start_BT1 = (inputs_BT == START)[..., None]
         return jnp.where(is_start_BT1, start_D, x_BTD + position_TD)
@@ -237,14 +278,29 @@ class SparseTransformer(nnx.Module):
             total = total + table_ND.reshape(*ones, D)
         return total.reshape(-1, D)[:T]
 
+    def _position(self, index: jax.Array) -> jax.Array:
+        """Return row `index` of `_positions`, [1, D], without all the others."""
+        digits = jnp.unravel_index(index, self.config.position_shape)
+        total = 0.0
+        for digit, table_ND in zip(digits, self.positions_ND, strict=True):
+            total = total + jax.lax.dynamic_slice_in_dim(whole(table_ND[...]), digit, 1)
+        return total
+
+    def cycles(self) -> tuple[Block, jax.Array]:
+        """Return the blocks and their numbers, [L / p, p, ..] for p patterns."""
+        shape = -1, len(self.config.patterns)
+        blocks = jax.tree.map(lambda w: w.reshape(*shape, *w.shape[1:]), self.blocks)
+        return blocks, jnp.arange(self.config.layers).reshape(shape)
+
     def _run_blocks(self, x_BTD: jax.Array, keys_B: jax.Array | None) -> jax.Array:
         """Scan over the pattern cycles, each block rematerialised on its own.
 
         Without a loop where `unroll` reaches their number: nothing is then copied into
         stacks over layers, and compiling takes longer.
         """
-        config, period = self.config, len(self.config.patterns)
-        cycles = config.layers // period
+        config = self.config
+        blocks, layers = self.cycles()
+        cycles = len(layers)
         is_loop = config.unroll < cycles
 
         def apply(x_BTD, block, layer, keys_B, pattern):
@@ -267,10 +323,6 @@ class SparseTransformer(nnx.Module):
                 x_BTD = apply(x_BTD, block, layers[place], keys_B, pattern)
             return x_BTD, None
 
-        blocks = jax.tree.map(
-            lambda w: w.reshape(cycles, period, *w.shape[1:]), self.blocks
-        )
-        layers = jnp.arange(config.layers).reshape(cycles, period)
         if is_loop:
             x_BTD, _ = jax.lax.scan(
                 cycle, x_BTD, (blocks, layers), unroll=config.unroll

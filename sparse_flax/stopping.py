@@ -11,7 +11,7 @@ from typing import Any
 class StopRequest:
     """Remembers the first SIGTERM or Ctrl-C; a second one acts at once, as ever.
 
-    Polled between training steps, evaluation batches and sampled bytes. It is a bonus:
+    Polled between training steps, evaluation batches and pieces of a sample. A bonus:
     what was saved by `checkpoint.every_steps` is safe in any case.
     """
 

@@ -4,6 +4,8 @@ import functools
 import os
 import sys
 
+import pytest
+
 
 def _wants_gpu() -> bool:
     """Whether pytest was called with `-m gpu`, before it has read its arguments."""
@@ -20,6 +22,16 @@ else:
     if "xla_force_host_platform_device_count" not in flags:
         count = "--xla_force_host_platform_device_count=8"
         os.environ["XLA_FLAGS"] = f"{flags} {count}".strip()
+
+
+@pytest.fixture
+def compiles_quickly():
+    """Leave optimising out, which is most of the time of a small test."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @functools.cache

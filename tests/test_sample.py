@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 from conftest import noisy_model
 
+from sparse_flax import generate
 from sparse_flax.attention import Fixed
 from sparse_flax.model import START, ModelConfig
-from sparse_flax.sample import BYTES_PER_CALL, continue_text
+from sparse_flax.sample import continue_text
+
+pytestmark = pytest.mark.usefixtures("compiles_quickly")
 
 CONFIG = ModelConfig(
     context=40,
@@ -82,7 +85,9 @@ def test_goes_on_counting():
     assert hot != expected
 
 
-def test_a_stop_returns_what_there_is():
+def test_a_stop_returns_what_there_is(monkeypatch):
+    monkeypatch.setattr(generate, "BYTES_PER_CALL", 16)
+
     class StopsAfter:
         def __init__(self, calls):
             self.left = calls
@@ -93,7 +98,7 @@ def test_a_stop_returns_what_there_is():
 
     whole = continued(noisy_model(CONFIG))
     assert continued(noisy_model(CONFIG), stop=StopsAfter(0)) == b""
-    assert continued(noisy_model(CONFIG), stop=StopsAfter(1)) == whole[:BYTES_PER_CALL]
+    assert continued(noisy_model(CONFIG), stop=StopsAfter(1)) == whole[:16]
     assert continued(noisy_model(CONFIG), stop=StopsAfter(2)) == whole
 
 
@@ -110,7 +115,11 @@ def test_says_when_a_sample_does_not_fit():
 
 def test_tells_how_far_it_is(monkeypatch):
     seconds = iter(range(0, 1000, 11))
-    monkeypatch.setattr("sparse_flax.sample.time.monotonic", lambda: next(seconds))
+    monkeypatch.setattr("sparse_flax.generate.time.monotonic", lambda: next(seconds))
+    monkeypatch.setattr(generate, "BYTES_PER_CALL", 10)
     lines = []
     continue_text(noisy_model(CONFIG), b"hello", 21, seed=0, say=lines.append)
-    assert lines[0].startswith("sampling: byte 5 of 26 | eta 11")
+    assert lines == [
+        f"sampling: byte {done} of 26 | eta {left}"
+        for done, left in ((15, "12s"), (25, "1s"), (26, "0s"))
+    ]

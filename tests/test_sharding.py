@@ -15,7 +15,6 @@ from sparse_flax.data.batches import inputs_and_targets
 from sparse_flax.errors import UserError
 from sparse_flax.evaluate import bits_per_byte, cross_entropy
 from sparse_flax.model import SparseTransformer
-from sparse_flax.sample import continue_text
 from sparse_flax.sharding import (
     activation,
     batch_shards,
@@ -174,7 +173,7 @@ def test_samples_and_evaluates_on_a_mesh_as_without_one():
     def outcomes(model):
         rows = [batch() | {"weights_BT": np.ones((8, 16), np.float32)}]
         score = bits_per_byte(model, rows, count=1, stop=False, say=print)
-        return continue_text(model, b"abc", 13, seed=5), score
+        return model.generate([b"abc", b"", b"abcdef"], 10, seed=5), score
 
     alone, score = outcomes(noisy_model(model_config()))
     mesh = make_mesh(2, 2, 2)

@@ -11,12 +11,15 @@ This package imports nothing else of sparse_flax, and no flax.
     dispatch.py    sparse_attention and explain: checks, the pick, sharded calls
     support.py     support_table: which implementation takes which call
     heads.py       heads that see the same keys run together
+    decode.py      one new token over a cache that keeps what can still be seen
+    stores.py      where decoding keeps keys and values
     union.py       merge: attention over a union of disjoint key sets
     reference.py   implementation: dense masked softmax in float32
     gathered.py    implementation: blocks and views in plain XLA, any device
     hopper/        implementation: kernels for NVIDIA's H100 and H200
 """
 
+from sparse_flax.attention import decode
 from sparse_flax.attention.dispatch import (
     IMPLEMENTATIONS,
     Explanation,
@@ -50,6 +53,7 @@ __all__ = [
     "PerHead",
     "Strided",
     "Summaries",
+    "decode",
     "explain",
     "merge",
     "parse",

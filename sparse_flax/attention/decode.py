@@ -1,0 +1,181 @@
+"""One new token over a cache that keeps what later queries can still see.
+
+    cache = decode.prefill(pattern, T, k_BTHK, v_BTHV, length)
+    out_BHV, cache = decode.step(cache, q_BHK, k_BHK, v_BHV, position)  # length, ..
+
+A step reads what its query sees, and a few masked places beside it: the window, a
+column of T / stride rows, a block and the summaries before it; never T, but for Dense.
+
+    pattern            keys kept                             keys read in a step
+    Dense              T                                     T
+    Local              min(window, T)                        all
+    Columns            T, rounded up to rows of `stride`     T / stride, a strided slice
+    Strided            the same                              stride + T / stride
+    Blocks             min(block, T)                         all
+    Summaries          1 + summary * whole blocks before T   all
+    Fixed              block + the same                      all
+    PerHead, rotate    head by head as above
+
+A cache holds no position: shapes are static, the position is traced, and what a place
+holds follows from it (`stores.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from sparse_flax.attention import stores
+from sparse_flax.attention.patterns import Pattern
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["kv"],
+    meta_fields=["pattern", "T"],
+)
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys and values of one layer, or of several stacked ones.
+
+    `kv` has an array [.., places, B, heads, K + V] for each store: keys and values lie
+    side by side, so that one write and one read serve both.
+    """
+
+    pattern: Pattern
+    T: int  # tokens at most
+    kv: tuple[jax.Array, ...]
+
+
+def prefill(
+    pattern: Pattern,
+    T: int,
+    k_BTHK: jax.Array,
+    v_BTHV: jax.Array,
+    length: jax.Array | int,
+    *,
+    group: int = 1,
+) -> Cache:
+    """Make the cache that `length` tokens leave behind, all of them at once.
+
+    Args:
+      pattern: who sees whom.
+      T: the most tokens that the cache is for, those still to come included.
+      k_BTHK, v_BTHV: keys and values of the first tokens, `length` or more; the rest
+        are never seen. Without any (B, 0, H_kv, K), the cache is empty.
+      length: int, or a traced int32 scalar.
+      group: query heads that share a key head, H / H_kv.
+    """
+
+    def keep(k, v, length):
+        kv_BTHW = jnp.concatenate([k, v], axis=-1)
+        H = k.shape[2] * group
+        kept = []
+        for heads in stores.groups(pattern, T, H, group):
+            kv_TBHW = jnp.moveaxis(stores.take(kv_BTHW, heads.keys, 2), 1, 0)
+            kept += [store.keep(kv_TBHW, length) for store in heads.stores]
+        return Cache(pattern, T, tuple(kept))
+
+    batch, _, head, _ = _spec(k_BTHK)
+    if batch or head:
+        kv = P(batch, None, head, None)
+        out = P(None, batch, head, None)
+        keep = jax.shard_map(keep, in_specs=(kv, kv, P()), out_specs=out)
+    return keep(k_BTHK, v_BTHV, jnp.asarray(length, jnp.int32))
+
+
+def step(
+    cache: Cache,
+    q_BHK: jax.Array,
+    k_BHK: jax.Array,
+    v_BHV: jax.Array,
+    position: jax.Array | int,
+    *,
+    layer: jax.Array | int | None = None,
+    reach: int | None = None,
+    scale: float | None = None,
+) -> tuple[jax.Array, Cache]:
+    """Attend with one query a row, its own key and value among those it sees.
+
+    Args:
+      cache: of the tokens before `position`.
+      q_BHK: the queries of the token at `position`.
+      k_BHK, v_BHV: its keys [B, H_kv, K] and values [B, H_kv, V], in q's dtype.
+      position: int32 scalar below T; the same for every row.
+      layer: which of stacked caches, int32 scalar; None where there is but one.
+      reach: a whole number above `position`, T by default. Summaries, columns and dense
+        attention then read no further, which saves time at the start of a long T.
+      scale: multiplies q.k; 1/sqrt(K) by default.
+
+    Returns:
+      (out_BHV in v's dtype, the cache with this token). Scores, softmax and sums are in
+      float32, as the paper does it where it samples (section 5.6).
+    """
+    scale = q_BHK.shape[-1] ** -0.5 if scale is None else scale
+    reach = cache.T if reach is None else min(reach, cache.T)
+    one = layer is None
+    stacked = jax.tree.map(lambda x: x[None], cache) if one else cache
+    attend = functools.partial(_step, reach=reach, scale=scale)
+    batch, head, _ = _spec(q_BHK)
+    if batch or head:
+        row, kv = P(batch, head, None), P(None, None, batch, head, None)
+        attend = jax.shard_map(
+            attend, in_specs=(kv, row, row, row, P(), P()), out_specs=(row, kv)
+        )
+    scalars = (jnp.asarray(x, jnp.int32) for x in (position, 0 if one else layer))
+    out_BHV, stacked = attend(stacked, q_BHK, k_BHK, v_BHV, *scalars)
+    return out_BHV, jax.tree.map(lambda x: x[0], stacked) if one else stacked
+
+
+def _step(cache: Cache, q_BHK, k_BHK, v_BHV, t, layer, *, reach, scale):
+    H = q_BHK.shape[1]
+    kv_BHW = jnp.concatenate([k_BHK, v_BHV], axis=-1)
+    groups = stores.groups(cache.pattern, cache.T, H, H // k_BHK.shape[1])
+    outs, kept, before = [], [], iter(cache.kv)
+    for heads in groups:
+        pieces = []
+        for store in heads.stores:
+            kv = store.write(next(before), stores.take(kv_BHW, heads.keys, 1), layer, t)
+            pieces += store.read(kv, layer, t, reach)
+            kept.append(kv)
+        outs.append(_attend(stores.take(q_BHK, heads.queries, 1), pieces, scale))
+    order = np.argsort([head for heads in groups for head in heads.queries])
+    out_BHV = stores.take(jnp.concatenate(outs, axis=1), order, 1)
+    return out_BHV.astype(v_BHV.dtype), dataclasses.replace(cache, kv=tuple(kept))
+
+
+def _attend(q_BHK, pieces, scale: float) -> jax.Array:
+    """Softmax attention over some pieces (kv_SBHW, seen_S), float32.
+
+    Sums of products and no matrix products: a query a key head is too few for those,
+    and so the compiler reads the cache in place.
+    """
+    B, H, K = q_BHK.shape
+    H_kv = pieces[0][0].shape[2]
+    q_BHGK = q_BHK.astype(jnp.float32).reshape(B, H_kv, H // H_kv, K) * scale
+    logits, values = [], []
+    for kv_SBHW, seen_S in pieces:
+        kv_SBHGW = kv_SBHW[:, :, :, None].astype(jnp.float32)
+        logits_SBHG = jnp.sum(q_BHGK * kv_SBHGW[..., :K], axis=-1)
+        logits_BHGS = jnp.moveaxis(logits_SBHG, 0, -1)
+        logits.append(jnp.where(seen_S, logits_BHGS, -jnp.inf))
+        values.append(kv_SBHGW[..., K:])
+    weights_BHGS = jax.nn.softmax(jnp.concatenate(logits, axis=-1))
+    ends = np.cumsum([seen_S.size for _, seen_S in pieces])[:-1]
+    out_BHGV = sum(
+        jnp.sum(jnp.moveaxis(weights, -1, 0)[..., None] * value, axis=0)
+        for weights, value in zip(
+            jnp.split(weights_BHGS, ends, axis=-1), values, strict=True
+        )
+    )
+    return out_BHGV.reshape(B, H, -1)
+
+
+def _spec(x: jax.Array) -> tuple:
+    spec = jax.typeof(x).sharding.spec
+    return tuple(spec) + (None,) * (x.ndim - len(spec))

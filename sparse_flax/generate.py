@@ -1,0 +1,269 @@
+"""Sample byte by byte: the prompt in one pass, then a loop that stays on the device.
+
+What earlier bytes leave behind is kept in caches (`attention/decode.py`), one for each
+place in the cycle of patterns, stacked over the cycles. A step reads of them what its
+byte sees.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparse_flax.attention import decode, sparse_attention
+from sparse_flax.model import START, SparseTransformer
+from sparse_flax.progress import duration
+from sparse_flax.sharding import batch_shards, whole
+
+BYTES_PER_CALL = 64  # between two looks at the clock and for a request to stop
+
+# Arrays are for a power of two of bytes, so that few lengths are compiled.
+SMALLEST = 64
+# A call reads of the caches what is before its end, in quarters of the length, or the
+# start of a long sequence would cost as much as its end. Each one is compiled.
+SMALLEST_QUARTER = 1024
+
+Caches = tuple[decode.Cache, ...]
+
+
+def generate(
+    model: SparseTransformer,
+    prompts: Sequence[bytes],
+    count: int,
+    *,
+    seed: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    stop: object = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[bytes]:
+    """Sample `count` bytes that follow each prompt.
+
+    Args:
+      model: the weights to sample from.
+      prompts: each begins a window, as in training; it may be empty. They are read in
+        parallel as far as the shortest goes, so give long ones of about one length.
+      count: how many bytes; prompt and sample together must fit the context.
+      seed: row n has the seed `seed + n`: it gets the same bytes alone as in a batch.
+      temperature: divides the logits, above 0; the paper samples at 1.
+      top_k: sample from so many of the likeliest bytes only; 0: from all.
+      top_p: then from the fewest likeliest ones that have this share of the
+        probability, above 0 and at most 1.
+      stop: where it becomes true, what was sampled so far is returned.
+      say: takes a progress line, every ten seconds.
+
+    Raises:
+      ValueError: one of these is out of its range; in a sentence.
+    """
+    _check(model, prompts, count, temperature, top_k, top_p)
+    if not prompts or not count:
+        return [b""] * len(prompts)
+    lengths = [len(prompt) for prompt in prompts]
+    begin, end = min(lengths), max(lengths) + count
+    T = _size(end, model.config.context)
+    # On a mesh that splits the batch, each piece has as many rows.
+    B = len(prompts) + -len(prompts) % batch_shards()
+    rows = [min(row, len(prompts) - 1) for row in range(B)]
+    bytes_BT = np.zeros((B, T), np.int32)
+    for row, n in enumerate(rows):
+        bytes_BT[row, : lengths[n]] = np.frombuffer(prompts[n], np.uint8)
+    keys = tuple(jax.random.key(seed + n) for n in rows)
+    lengths_B = np.array([lengths[n] for n in rows], np.int32)
+    filters = (top_k or model.config.vocabulary, top_p)
+    if filters == (model.config.vocabulary, 1):
+        filters = None
+
+    read = bytes_BT[:, : _size(max(begin, 1), model.config.context)]
+    model = _in_compute_dtype(model)
+    caches = prefill(model, inputs(read), begin, T=T)
+    bytes_BT = jnp.asarray(bytes_BT)
+    started = said = time.monotonic()
+    done = begin
+    while done < end and not stop:
+        first, done = done, min(done + BYTES_PER_CALL, end)
+        quarter = max(T // 4, SMALLEST_QUARTER)
+        bytes_BT, caches = _sample(
+            model,
+            caches,
+            bytes_BT,
+            (first, done),
+            lengths_B,
+            keys,
+            temperature,
+            filters,
+            reach=min(done + -done % quarter, T),
+        )
+        bytes_BT.block_until_ready()
+        now = time.monotonic()
+        if now - said > 10:
+            said, left = now, (now - started) / (done - begin) * (end - done)
+            say(f"sampling: byte {done:,} of {end:,} | eta {duration(left)}")
+    sampled = np.asarray(bytes_BT)[:, :done].astype(np.uint8)
+    return [
+        sampled[n, length : length + count].tobytes()
+        for n, length in enumerate(lengths)
+    ]
+
+
+def inputs(bytes_BT: np.ndarray) -> np.ndarray:
+    """Return what the model is given to predict each byte: the one before it."""
+    return np.pad(bytes_BT, [(0, 0), (1, 0)], constant_values=START)[:, :-1]
+
+
+@functools.partial(jax.jit, static_argnames="T")
+def prefill(model: SparseTransformer, inputs_BT, length, *, T: int) -> Caches:
+    """Run the first `length` inputs at once, for caches of sequences of up to T.
+
+    Args:
+      model: the weights.
+      inputs_BT: as the model takes them; what follows `length` of them is ignored.
+      length: int32 scalar.
+      T: a whole number.
+
+    Returns:
+      A cache for each place in the cycle of patterns, stacked over the cycles.
+    """
+    config = model.config
+
+    def cycle(x_BTD, blocks_and_layers):
+        caches = []
+        for place, pattern in enumerate(config.patterns):
+            block = jax.tree.map(lambda w: w[place], blocks_and_layers[0])  # noqa: B023
+            q, k, v = block.qkv(x_BTD)
+            a_BTHV = sparse_attention(
+                q, k, v, pattern, implementation=config.implementation
+            )
+            x_BTD = block.after_attention(x_BTD, a_BTHV)
+            caches.append(decode.prefill(pattern, T, k, v, length))
+        return x_BTD, tuple(caches)
+
+    return jax.lax.scan(cycle, model.embed(inputs_BT), model.cycles())[1]
+
+
+def step(
+    model: SparseTransformer, caches: Caches, input_B, position, reach: int
+) -> tuple[jax.Array, Caches]:
+    """Return the logits [B, 256] after one more input, float32, and the caches with it.
+
+    Args:
+      model: the weights.
+      caches: of the inputs before `position`.
+      input_B: the input at `position`, an int32 scalar below `reach`.
+      reach: as for `decode.step`.
+    """
+
+    def cycle(x_and_caches, blocks_and_number):
+        (x_BTD, caches), (blocks, number) = x_and_caches, blocks_and_number
+        caches = list(caches)
+        for place, cache in enumerate(caches):
+            block = jax.tree.map(lambda w: w[place], blocks)  # noqa: B023
+            q, k, v = (x[:, 0] for x in block.qkv(x_BTD))
+            # The stacked caches are carried, not scanned over: they stay in place.
+            a_BHV, caches[place] = decode.step(
+                cache, q, k, v, position, layer=number, reach=reach
+            )
+            x_BTD = block.after_attention(x_BTD, a_BHV[:, None])
+        return (x_BTD, tuple(caches)), None
+
+    blocks, layers = model.cycles()
+    x_B1D = model.embed(input_B[:, None], position)
+    (x_B1D, caches), _ = jax.lax.scan(
+        cycle,
+        (x_B1D, caches),
+        (blocks, jnp.arange(len(layers))),
+    )
+    return model.logits(x_B1D)[:, 0], caches
+
+
+@functools.partial(jax.jit, static_argnames="reach", donate_argnums=(1, 2))
+def _sample(
+    model,
+    caches,
+    bytes_BT,
+    first_and_end,
+    lengths_B,
+    keys,
+    temperature,
+    filters,
+    *,
+    reach,
+):
+    """Fill in the bytes of some positions, but for those of a longer prompt."""
+
+    def one(position, bytes_and_caches):
+        bytes_BT, caches = bytes_and_caches
+        before_B = jax.lax.dynamic_index_in_dim(bytes_BT, position - 1, 1, False)
+        input_B = jnp.where(position == 0, START, before_B)
+        logits_BN, caches = step(model, caches, input_B, position, reach)
+        logits_BN = whole(logits_BN) / temperature
+        if filters is not None:
+            logits_BN = likeliest(logits_BN, *filters)
+        byte_B = jax.vmap(
+            lambda key, logits_N: jax.random.categorical(
+                jax.random.fold_in(key, position), logits_N
+            )
+        )(jnp.stack(keys), logits_BN)
+        given_B = jax.lax.dynamic_index_in_dim(bytes_BT, position, 1, False)
+        byte_B = jnp.where(position < lengths_B, given_B, byte_B)
+        bytes_BT = jax.lax.dynamic_update_index_in_dim(bytes_BT, byte_B, position, 1)
+        return bytes_BT, caches
+
+    return jax.lax.fori_loop(*first_and_end, one, (bytes_BT, caches))
+
+
+def likeliest(logits_BN: jax.Array, top_k, top_p) -> jax.Array:
+    """Set the logits of all but the likeliest bytes to -inf.
+
+    Kept are the `top_k` likeliest and, of those, the fewest whose share of their
+    probability is `top_p` or more; of equals, the lower byte.
+    """
+    order_BN = jnp.argsort(-logits_BN, axis=-1, stable=True)
+    place_BN = jnp.argsort(order_BN, axis=-1)
+    logits_BN = jnp.where(place_BN < top_k, logits_BN, -jnp.inf)
+    p_BN = jnp.take_along_axis(jax.nn.softmax(logits_BN), order_BN, axis=-1)
+    before_BN = jnp.cumsum(p_BN, axis=-1) - p_BN
+    before_BN = jnp.take_along_axis(before_BN, place_BN, axis=-1)
+    return jnp.where((before_BN < top_p) | (place_BN == 0), logits_BN, -jnp.inf)
+
+
+def _size(length: int, context: int) -> int:
+    return min(max(1 << (length - 1).bit_length(), SMALLEST), context)
+
+
+@jax.jit
+def _in_compute_dtype(model: SparseTransformer) -> SparseTransformer:
+    """Cast once what every step would cast: all but the norms, which are float32."""
+
+    def cast(path, x):
+        norm = "norm" in jax.tree_util.keystr(path)
+        return x if norm else x.astype(model.config.dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, model)
+
+
+def _check(model, prompts, count, temperature, top_k, top_p) -> None:
+    context, vocabulary = model.config.context, model.config.vocabulary
+    longest = max((len(prompt) for prompt in prompts), default=0)
+    if longest + count > context:
+        raise ValueError(
+            f"a prompt of {longest} and a sample of {count} bytes do not fit the "
+            f"context of {context}; sample {max(context - longest, 0)} or fewer"
+        )
+    if temperature <= 0:
+        raise ValueError(
+            f"temperature={temperature} must be above 0; try 1.0, or top_k=1 for the "
+            "likeliest byte"
+        )
+    if not 0 <= top_k <= vocabulary:
+        raise ValueError(
+            f"top_k={top_k} must be from 0 (all) to {vocabulary}; try "
+            f"{min(max(top_k, 0), vocabulary)}"
+        )
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} must be above 0 and at most 1; try 1.0")

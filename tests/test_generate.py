@@ -1,0 +1,197 @@
+"""The loop over caches against the full forward pass, and what it moves."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import noisy_model
+
+from sparse_flax import generate
+from sparse_flax.attention import Columns, Dense, Fixed, Local, PerHead, Strided
+from sparse_flax.model import ModelConfig
+
+pytestmark = pytest.mark.usefixtures("compiles_quickly")
+
+CONFIG = ModelConfig(
+    context=37,
+    layers=4,
+    width=16,
+    heads=4,
+    qk_width=8,  # narrower than the values
+    feed_forward=24,
+    patterns=(Fixed(8, 2, rotate=True),),
+    position_shape=(5, 4, 2),
+    dtype="float32",
+)
+CYCLES = [
+    (Fixed(8, 2, rotate=True),),
+    (Columns(6), Local(6)),
+    (PerHead((Local(5), Columns(5))), Dense()),
+    (PerHead((Strided(4), Fixed(6, 2, rotate=True))),),
+]
+
+
+def model_of(*patterns, **changes):
+    return noisy_model(dataclasses.replace(CONFIG, patterns=patterns, **changes))
+
+
+def some_inputs(B, T):
+    bytes_BT = np.random.default_rng(0).integers(0, 256, (B, T)).astype(np.int32)
+    return generate.inputs(bytes_BT)
+
+
+@jax.jit
+def decoded_logits(model, inputs_BT, length):
+    """Logits of the positions from `length` on, one after the other; 0 before."""
+    B, T = inputs_BT.shape
+    caches = generate.prefill(model, inputs_BT, length, T=T)
+
+    def one(position, carry):
+        caches, logits_BTN = carry
+        input_B = jax.lax.dynamic_index_in_dim(inputs_BT, position, 1, False)
+        row, caches = generate.step(model, caches, input_B, position, T)
+        return caches, logits_BTN.at[:, position].set(row)
+
+    zeros = jnp.zeros((B, T, model.config.vocabulary))
+    return jax.lax.fori_loop(length, T, one, (caches, zeros))[1]
+
+
+@pytest.mark.parametrize("patterns", CYCLES, ids=str)
+def test_cached_logits_equal_the_forward_pass_at_every_position(patterns):
+    model, inputs_BT = model_of(*patterns), some_inputs(2, 37)
+    expected = np.asarray(jax.jit(lambda model, x: model(x))(model, inputs_BT))
+    scale = np.abs(expected).max()
+    for length in (0, 1, 13, 36):
+        got = np.asarray(decoded_logits(model, inputs_BT, length))[:, length:]
+        np.testing.assert_allclose(got / scale, expected[:, length:] / scale, atol=1e-5)
+
+
+def test_the_same_bytes_whatever_the_batch():
+    model = model_of(Fixed(8, 2, rotate=True))
+    prompts = [b"", b"hello", b"hello, world", b"hello"]
+    together = generate.generate(model, prompts, 25, seed=7)
+    for n, prompt in enumerate(prompts):
+        assert generate.generate(model, [prompt], 25, seed=7 + n) == [together[n]]
+    assert [len(text) for text in together] == [25] * 4
+    assert together[1] != together[3]  # another row, another seed
+    assert model.generate(prompts, 25, seed=7) == together
+    assert model.generate([], 25) == []
+
+
+def test_reads_in_quarters_give_the_same_bytes(monkeypatch):
+    model = model_of(PerHead((Strided(4), Fixed(6, 2, rotate=True))))
+    expected = generate.generate(model, [b"abc"], 34, seed=1)
+    monkeypatch.setattr(generate, "SMALLEST_QUARTER", 20)
+    monkeypatch.setattr(generate, "BYTES_PER_CALL", 4)
+    assert generate.generate(model, [b"abc"], 34, seed=1) == expected
+
+
+def test_keeps_only_the_likeliest():
+    p = np.array([0.1, 0.4, 0.15, 0.3, 0.05])
+    logits_BN = jnp.log(jnp.asarray([p, p[::-1]], jnp.float32))
+
+    def kept(top_k, top_p):
+        rows = np.isfinite(generate.likeliest(logits_BN, top_k, top_p))
+        assert (rows[0] == rows[1][::-1]).all()
+        return set(np.flatnonzero(rows[0]))
+
+    assert kept(5, 1.0) == {0, 1, 2, 3, 4}
+    assert kept(2, 1.0) == {1, 3}
+    assert kept(5, 0.39) == {1}
+    assert kept(5, 0.41) == {1, 3}
+    assert kept(5, 1e-9) == {1}
+    # Of the three likeliest, 0.4 / 0.85 and 0.3 / 0.85 are 0.82 together.
+    assert kept(3, 0.81) == {1, 3}
+    assert kept(3, 0.83) == {1, 2, 3}
+    equal = generate.likeliest(jnp.zeros((1, 4)), 2, 1.0)
+    assert np.isfinite(equal).tolist() == [[True, True, False, False]]
+
+
+def test_the_likeliest_byte_is_sampled_whatever_the_seed_and_temperature():
+    model = model_of(Dense())
+    (greedy,) = generate.generate(model, [b"ab"], 12, seed=0, top_k=1)
+    text = b"ab"
+    forward = jax.jit(lambda model, x: model(x))
+    for _ in range(12):
+        padded = np.frombuffer(text.ljust(37, b"\0"), np.uint8)[None].astype(np.int32)
+        logits_N = forward(model, generate.inputs(padded))[0, len(text)]
+        text += bytes([int(np.argmax(logits_N))])
+    assert greedy == text[2:]
+    for options in ({"top_k": 1, "temperature": 9.0}, {"top_p": 1e-6}):
+        assert generate.generate(model, [b"ab"], 12, seed=5, **options) == [greedy]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"top_k": 300}, r"top_k=300 must be from 0 \(all\) to 256; try 256"),
+        ({"top_k": -1}, r"top_k=-1 must be .* try 0"),
+        ({"top_p": 0.0}, r"top_p=0.0 must be above 0 and at most 1; try 1.0"),
+        ({"temperature": 0}, r"temperature=0 must be above 0; try 1.0, or top_k=1"),
+    ],
+)
+def test_refuses_options_out_of_range(options, sentence):
+    with pytest.raises(ValueError, match=sentence) as error:
+        model_of(Dense()).generate([b""], 1, **options)
+    assert "\n" not in str(error.value)
+
+
+# ---- The compiled loop -------------------------------------------------------------
+
+
+# Pattern and the places of its caches that a step takes, 4096 bytes long.
+READS = [
+    (Fixed(64, 8, rotate=True), {64, 8 * 63}),
+    (Strided(64), {64, 4096 // 64}),
+    (PerHead((Local(32), Columns(128))), {32, 4096 // 128}),
+]
+
+
+def compiled_loop(pattern, T):
+    """The optimised program of a call of the loop, as text, and its caches."""
+    make = functools.partial(
+        model_of, pattern, context=T, position_shape=(64, T // 64), layers=3
+    )
+    model = jax.eval_shape(make)
+    prompt = jax.ShapeDtypeStruct((2, 64), jnp.int32)
+    scalar = jax.ShapeDtypeStruct((), jnp.int32)
+    caches = jax.eval_shape(
+        functools.partial(generate.prefill, T=T), model, prompt, scalar
+    )
+    args = (
+        jax.ShapeDtypeStruct((2, T), jnp.int32),
+        (scalar, scalar),
+        jax.ShapeDtypeStruct((2,), jnp.int32),
+        (jax.random.key(0), jax.random.key(1)),
+        1.0,
+        None,
+    )
+    lowered = generate._sample.lower(model, caches, *args, reach=T)
+    # As ever, whatever the other tests do.
+    options = {"xla_llvm_disable_expensive_passes": False}
+    return lowered.compile(compiler_options=options).as_text(), caches
+
+
+@pytest.mark.parametrize(("pattern", "expected"), READS, ids=str)
+def test_the_compiled_loop_reads_what_the_pattern_sees_and_copies_no_cache(
+    pattern, expected
+):
+    text, caches = compiled_loop(pattern, 4096)
+    made = set()
+    for cache in caches:
+        for kv in cache.kv:
+            shape = ",".join(map(str, kv.shape))
+            made |= set(re.findall(rf"= f32\[{shape}\]\S* ([a-z-]+)\(", text))
+    in_place = {"parameter", "get-tuple-element", "dynamic-update-slice", "bitcast"}
+    assert "dynamic-update-slice" in made
+    assert made <= in_place | {"fusion"}  # around an update, as the next line says
+    roots = re.findall(r"ROOT \S+ = f32\[3,\d+,2,\d,6\]\S* ([a-z-]+)\(", text)
+    assert set(roots) <= {"dynamic-update-slice"}
+    # [layer, places (or rows and a column), batch 2, heads, keys 2 and values 4]
+    sizes = re.findall(r"dynamic_slice_sizes=\{1,([\d,]+),2,\d,[246]\}", text)
+    taken = {int(np.prod([int(n) for n in size.split(",")])) for size in sizes}
+    assert taken - {1} == expected
