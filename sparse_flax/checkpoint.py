@@ -64,6 +64,27 @@ class Checkpointer:
         names = [path.name for path in self._directory.iterdir() if path.is_dir()]
         return sorted(int(name) for name in names if name.isdecimal())
 
+    def candidates(self, step: int | None = None) -> list[int]:
+        """Return the steps to try to read, newest first, or `step` alone.
+
+        Raises UserError if there is none.
+        """
+        steps = self.steps()
+        if not steps:
+            raise UserError(
+                f"{self._directory} holds no checkpoint yet; train until one is saved, "
+                "or score each as it comes with --mode=eval --follow"
+            )
+        if step is None:
+            return steps[::-1]
+        if step not in steps:
+            nearest = min(steps, key=lambda there: abs(there - step))
+            raise UserError(
+                f"--checkpoint_step={step} is not in {self._directory}, which holds "
+                f"{', '.join(map(str, steps))}; try {nearest}"
+            )
+        return [step]
+
     def save(self, step: int, state: Any) -> None:
         """Start to save `state`, a pytree of jax arrays; it may be donated on return.
 

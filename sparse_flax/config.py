@@ -89,6 +89,16 @@ def defaults() -> ConfigDict:
                 "sample_bytes": 256,  # sampled at the end; 0: none
                 "samples": 1,  # different ones, of the same prompt
             },
+            "sample": {  # of --mode=sample; the weights are those of eval.weights
+                "prompt": "",  # what to continue; '': from the start of a window
+                "prompt_file": "",  # or the file that holds it
+                "count": 256,  # bytes
+                "number": 1,  # of samples
+                "temperature": 1.0,  # divides the logits; the paper's is 1
+                "top_k": 0,  # of so many of the likeliest bytes only; 0: of all
+                "top_p": 1.0,  # then of the likeliest that have this share
+                "seed": 0,  # of the first sample; the next ones have the next
+            },
             "checkpoint": {
                 "every_steps": 1000,  # 0: at the end and on a signal alone
                 "keep": 3,  # the newest ones
@@ -193,7 +203,7 @@ def changes(old: dict[str, Any], new: ConfigDict) -> list[str]:
     return [
         f"{name}: {a} -> {b}"
         for name, (a, b) in changed.items()
-        if not name.startswith(("data.", "optim.loss_scale"))
+        if not name.startswith(("data.", "sample.", "optim.loss_scale"))
     ]
 
 

@@ -69,6 +69,8 @@ AT_LEAST_1 = [
     "train.batch_size",
     "train.accumulate",
     "eval.samples",
+    "sample.count",
+    "sample.number",
     "checkpoint.keep",
     "log.every_steps",
     "mesh.data",
@@ -89,6 +91,8 @@ AT_LEAST_0 = [
     "eval.prompt_bytes",
     "eval.sample_bytes",
     "checkpoint.every_steps",
+    "sample.top_k",
+    "sample.seed",
 ]
 ABOVE_0 = [
     "optim.learning_rate",
@@ -96,6 +100,8 @@ ABOVE_0 = [
     "optim.epsilon",
     "optim.clip_norm",
     "optim.loss_scale",
+    "sample.temperature",
+    "sample.top_p",
 ]
 FRACTIONS = ["model.dropout", "optim.beta1", "optim.beta2", "optim.ema_decay"]
 
@@ -114,6 +120,10 @@ def _check_numbers(config: ConfigDict) -> None:
         if not 0 < values[name] < math.inf:
             default = flatten(defaults().to_dict())[name]
             raise UserError(f"{name}={values[name]} must be above 0; try {default}")
+    if values["sample.top_p"] > 1:
+        raise UserError(
+            f"sample.top_p={values['sample.top_p']} must be at most 1; try 1"
+        )
     for name in FRACTIONS:
         if not 0 <= values[name] < 1:
             nearest = 0.0 if values[name] < 0 else 0.999

@@ -128,21 +128,10 @@ class EvalRun:
         Raises:
           UserError: there is none, or its score is not finite.
         """
-        steps = self.checkpoints.steps()
-        if not steps:
-            raise UserError(
-                f"{self.folder.checkpoints} holds no checkpoint yet; train until one "
-                "is saved, or wait for it with --follow"
-            )
-        if step is not None and step not in steps:
-            nearest = min(steps, key=lambda there: abs(there - step))
-            raise UserError(
-                f"--checkpoint_step={step} is not in {self.folder.checkpoints}, which "
-                f"holds {', '.join(map(str, steps))}; try {nearest}"
-            )
+        candidates = self.checkpoints.candidates(step)
         self.stop.listen()
         try:
-            for candidate in [step] if step is not None else reversed(steps):
+            for candidate in candidates:
                 if self.score(candidate):
                     return
                 if self.stop:

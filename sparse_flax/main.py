@@ -20,16 +20,19 @@ _CONFIG = config_flags.DEFINE_config_file(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "eval", "dry_run"],
+    ["train", "eval", "sample", "dry_run"],
     "train: train, or go on training. eval: bits per byte of a run's checkpoint, by "
-    "config.eval; without --config, what the run was trained with. dry_run: print "
-    "sizes and costs, and whether it fits (exit status 1 if not), and run nothing.",
+    "config.eval. sample: continue a text, by config.sample. (Of both: without "
+    "--config, what the run was trained with.) dry_run: print sizes and costs, and "
+    "whether it fits (exit status 1 if not), and run nothing.",
 )
 _FOLLOW = flags.DEFINE_bool(
     "follow", False, "--mode=eval: score each checkpoint, as long as the run goes on."
 )
 _CHECKPOINT_STEP = flags.DEFINE_integer(
-    "checkpoint_step", None, "--mode=eval: which checkpoint; the newest by default."
+    "checkpoint_step",
+    None,
+    "--mode=eval or sample: which checkpoint; the newest by default.",
 )
 _DEVICE = flags.DEFINE_string(
     "device",
@@ -47,12 +50,13 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where everything is written; runs/<config name> by default."
 )
 
+OF_A_RUN = ["eval", "sample"]
 OF_SOME_MODES = {
     "follow": ["eval"],
-    "checkpoint_step": ["eval"],
+    "checkpoint_step": ["eval", "sample"],
     "device": ["dry_run"],
     "profile": ["train"],
-    "workdir": ["train", "eval"],
+    "workdir": ["train", "eval", "sample"],
 }
 
 
@@ -61,7 +65,8 @@ def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise UserError(f"argument {argv[1]!r} is not a flag; write --name=value")
     if _CONFIG.value is None:
-        without = "; or name a run's --workdir" if _MODE.value == "eval" else ""
+        of_a_run = _MODE.value in OF_A_RUN
+        without = "; or name a run's --workdir" if of_a_run else ""
         raise UserError(
             f"--config is missing; try --config=configs/quickstart.py{without}"
         )
@@ -87,6 +92,11 @@ def main(argv: list[str]) -> int:
         run = EvalRun(_CONFIG.value, workdir, say=_say)
         run.follow() if _FOLLOW.value else run.run(_CHECKPOINT_STEP.value)
         return 0
+    if _MODE.value == "sample":
+        from sparse_flax.sample_run import SampleRun
+
+        SampleRun(_CONFIG.value, workdir, say=_say).run(_CHECKPOINT_STEP.value)
+        return 0
     from sparse_flax.train import Trainer
 
     Trainer(_CONFIG.value, workdir, profile=_PROFILE.value, say=_say).run()
@@ -101,7 +111,7 @@ def default_workdir() -> str:
 
 
 def add_saved_config(argv: list[str]) -> list[str]:
-    """Add the run's own --config where --mode=eval names a --workdir and no config.
+    """Add the run's own --config where a mode of a run names a --workdir and no config.
 
     Before flags are parsed, because --config.eval.split=... needs a configuration.
     """
@@ -109,7 +119,8 @@ def add_saved_config(argv: list[str]) -> list[str]:
     for flag, following in zip(argv[1:], [*argv[2:], ""], strict=True):
         if found := re.match(r"--?(mode|workdir|config)(=|$)", flag):
             given[found[1]] = flag[found.end() :] if found[2] else following
-    if given.get("mode") != "eval" or "config" in given or not given.get("workdir"):
+    of_a_run = given.get("mode") in OF_A_RUN and given.get("workdir")
+    if not of_a_run or "config" in given:
         return argv
     file = Path(__file__).with_name("saved_config.py")
     return [argv[0], f"--config={file}:{given['workdir']}", *argv[1:]]

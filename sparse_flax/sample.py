@@ -41,9 +41,38 @@ def write_samples(
     if not options.sample_bytes:
         return ""
     prompt = text[: options.prompt_bytes].tobytes()
-    prompts = [prompt] * options.samples
+    unfiltered = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    options = ConfigDict(
+        {
+            "count": options.sample_bytes,
+            "number": options.samples,
+            "seed": seed,
+            **unfiltered,
+        }
+    )
+    return write(model, prompt, options, path, stop=stop, say=say)
+
+
+def write(
+    model: SparseTransformer,
+    prompt: bytes,
+    options: ConfigDict,
+    path: Path,
+    *,
+    stop: object,
+    say: Callable[[str], None],
+) -> str:
+    """Continue a prompt by config.sample into a file; return it for a person."""
     sampled = generate(
-        model, prompts, options.sample_bytes, seed=seed, stop=stop, say=say
+        model,
+        [prompt] * options.number,
+        options.count,
+        seed=options.seed,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        stop=stop,
+        say=say,
     )
     write_atomically(path, BETWEEN.join(prompt + sample for sample in sampled))
     pieces = ["--- prompt ---", shown(prompt)]

@@ -1,7 +1,7 @@
 """The configuration of a run, as a config file: --config=.../saved_config.py:WORKDIR.
 
-`main.py` gives it where --mode=eval is given no --config, so that options on the
-command line change what the run was trained with.
+`main.py` gives it where --mode=eval or sample is given no --config, so that options on
+the command line change what the run was trained with.
 """
 
 from ml_collections import ConfigDict

@@ -6,7 +6,8 @@ eval.jsonl         what --mode=eval found, one row a line
 loss.png           the curve
 checkpoints/       one folder a step
 damaged/           checkpoints that were set aside, never deleted
-sample.txt         the last samples, each behind its prompt
+sample.txt         what training sampled at its end, each behind its prompt
+generated.txt      the same of --mode=sample
 tensorboard/       event files
 profile/           what --profile traced
 """
@@ -52,6 +53,7 @@ class RunFolder:
     evaluations = property(lambda self: self.path / "eval.jsonl")
     curve = property(lambda self: self.path / "loss.png")
     sample = property(lambda self: self.path / "sample.txt")
+    generated = property(lambda self: self.path / "generated.txt")
     tensorboard = property(lambda self: self.path / "tensorboard")
     profile = property(lambda self: self.path / "profile")
 

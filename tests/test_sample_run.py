@@ -1,0 +1,79 @@
+"""--mode=sample: what is written follows from checkpoint, prompt and seed alone."""
+
+import jax
+import pytest
+from test_eval_run import command, copied, text, trained  # noqa: F401, fixtures
+from test_train import compile_once as compile_once  # an autouse fixture
+from test_train import listing, tiny
+
+from sparse_flax.errors import UserError
+from sparse_flax.eval_run import EvalRun
+from sparse_flax.sample import BETWEEN
+from sparse_flax.sample_run import SampleRun
+from sparse_flax.workdir import WorkDir
+
+
+def sampled(workdir, config, step=None):
+    lines = []
+    SampleRun(config, str(workdir), say=lines.append).run(step)
+    return (workdir / "generated.txt").read_bytes().split(BETWEEN), lines
+
+
+def options(text, **changes):  # noqa: F811
+    named = {f"sample__{name}": value for name, value in changes.items()}
+    return tiny(text, **{"sample__count": 20, "sample__prompt": "the "} | named)
+
+
+def test_the_same_seed_writes_the_same_beside_a_running_job(copied, text):  # noqa: F811
+    before = listing(copied)
+    job = WorkDir(copied)  # which holds the lock
+    three, lines = sampled(copied, options(text, number=3))
+    job.close()
+    assert [len(x) for x in three] == [24] * 3 and len(set(three)) == 3
+    assert all(x.startswith(b"the ") for x in three)
+    assert "checkpoint         12 (ema weights)" in lines
+    second, _ = sampled(copied, options(text, seed=1))
+    assert second == three[1:2]
+    assert sampled(copied, options(text), step=4)[0] != three[:1]
+    left = {name for name, _ in listing(copied).items() - before.items()}
+    assert left == {str(copied / "generated.txt")}
+
+
+def test_follows_the_model_as_far_as_it_is_told(copied, text, tmp_path):  # noqa: F811
+    """Of the likeliest byte alone there is one sample, whatever the seed."""
+    first, _ = sampled(copied, options(text, top_k=1, number=2))
+    assert first[0] == first[1]
+    assert sampled(copied, options(text, top_p=1e-6))[0] == first[:1]
+    assert sampled(copied, options(text, temperature=1e-3))[0] == first[:1]
+    (tmp_path / "prompt.txt").write_bytes(b"the ")
+    file = {"prompt": "", "prompt_file": str(tmp_path / "prompt.txt")}
+    assert sampled(copied, options(text, top_k=1, **file))[0] == first[:1]
+    # It is what the model itself says.
+    ours = EvalRun(tiny(text), str(copied), say=lambda line: None)
+    with jax.set_mesh(ours.mesh):
+        model = ours.restore(12)
+        assert model.generate([b"the "], 20, top_k=1) == [first[0][4:]]
+
+
+def test_what_cannot_be_is_a_sentence(copied, text):  # noqa: F811
+    for changes, sentence in (
+        ({"count": 61}, "sample.count=61 bytes after a prompt of 4 .* sample.count=60"),
+        ({"prompt": "x" * 64}, "prompt of 64 .* try a prompt of 44 bytes or fewer"),
+        ({"prompt_file": "none"}, "two prompts; give one"),
+        (
+            {"prompt": "", "prompt_file": "none"},
+            "none cannot be read .* of a file",
+        ),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            SampleRun(options(text, **changes), str(copied), say=print)
+    with pytest.raises(UserError, match=r"model\.width=32, but the run"):
+        SampleRun(tiny(text, model__width=32), str(copied), say=print)
+
+
+def test_from_the_command_line_without_a_config(copied):  # noqa: F811
+    changes = ["--config.sample.prompt=to be", "--config.sample.count=9"]
+    result = command("--mode=sample", f"--workdir={copied}", *changes)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert len((copied / "generated.txt").read_bytes()) == 14
+    assert result.stdout.splitlines()[-1].endswith("generated.txt")
