@@ -347,7 +347,10 @@ def test_unrolling_changes_no_number():
             assert_close(a, b, 1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 11),
+    reason="XLA of older jax merges the two passes on a CPU all the same",
+)
 def test_unrolling_undoes_no_rematerialisation():
     def work_space(**changes):
         wide = {"layers": 4, "patterns": (Local(3),), "width": 64, "feed_forward": 256}
