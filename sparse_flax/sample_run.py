@@ -50,14 +50,15 @@ class SampleRun:
 
         Raises UserError if there is none.
         """
-        options, path = self.config.sample, self.folder.generated
-        abstract = None
+        path = self.folder.generated
+        options = self.config.sample.to_dict()
+        del options["prompt"], options["prompt_file"]  # read already
         candidates = self.checkpoints.candidates(step)
         self.stop.listen()
         try:
             for candidate in candidates:
                 with jax.set_mesh(self.mesh):
-                    abstract = abstract or state.abstract_model(self.model_config)
+                    abstract = state.abstract_model(self.model_config)
                     field = "ema" if self.config.eval.weights == "ema" else "model"
                     try:
                         model = self.checkpoints.restore_part(
@@ -70,8 +71,13 @@ class SampleRun:
                         f"checkpoint         {candidate} ({self.config.eval.weights} "
                         "weights)"
                     )
-                    text = sample.write(
-                        model, self.prompt, options, path, stop=self.stop, say=self.say
+                    text = sample.write_samples(
+                        model,
+                        self.prompt,
+                        path,
+                        stop=self.stop,
+                        say=self.say,
+                        **options,
                     )
                 if self.stop:
                     self.say(f"stopped by {self.stop.signal}")

@@ -294,11 +294,15 @@ class Trainer:
 
     def sample(self) -> str:
         """Continue the beginning of the validation text; the same for the same run."""
+        config = self.config.eval
+        if not config.sample_bytes:
+            return ""
         return sample.write_samples(
             self.chosen_model(),
-            self.splits.validation,
-            self.config.eval,
+            self.splits.validation[: config.prompt_bytes].tobytes(),
             self.workdir.sample,
+            number=config.samples,
+            count=config.sample_bytes,
             seed=self.config.seed,
             stop=self.stop,
             say=self.say,

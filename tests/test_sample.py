@@ -11,7 +11,6 @@ from conftest import noisy_model
 from sparse_flax import generate
 from sparse_flax.attention import Fixed
 from sparse_flax.model import START, ModelConfig
-from sparse_flax.sample import continue_text
 
 pytestmark = pytest.mark.usefixtures("compiles_quickly")
 
@@ -40,9 +39,7 @@ def counting_model():
 
 
 def continued(model, prompt=b"hello", count=21, seed=3, **kwargs):
-    return continue_text(
-        model, prompt, count, seed=seed, say=lambda line: None, **kwargs
-    )
+    return generate.generate(model, [prompt], count, seed=seed, **kwargs)[0]
 
 
 @pytest.mark.parametrize("prompt", [b"hello", b""])
@@ -118,7 +115,7 @@ def test_tells_how_far_it_is(monkeypatch):
     monkeypatch.setattr("sparse_flax.generate.time.monotonic", lambda: next(seconds))
     monkeypatch.setattr(generate, "BYTES_PER_CALL", 10)
     lines = []
-    continue_text(noisy_model(CONFIG), b"hello", 21, seed=0, say=lines.append)
+    continued(noisy_model(CONFIG), b"hello", 21, seed=0, say=lines.append)
     assert lines == [
         f"sampling: byte {done} of 26 | eta {left}"
         for done, left in ((15, "12s"), (25, "1s"), (26, "0s"))
