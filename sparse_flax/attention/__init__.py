@@ -25,6 +25,7 @@ from sparse_flax.attention.dispatch import (
     Explanation,
     explain,
     sparse_attention,
+    target_device_kind,
 )
 from sparse_flax.attention.parse import parse
 from sparse_flax.attention.patterns import (
@@ -59,4 +60,5 @@ __all__ = [
     "parse",
     "sparse_attention",
     "support_table",
+    "target_device_kind",
 ]

@@ -67,7 +67,9 @@ def sparse_attention(
     """
     _check(q_BTHK, k_BTHK, v_BTHV, pattern)
     scale = float(q_BTHK.shape[-1] ** -0.5 if scale is None else scale)
-    choice = _pick(implementation, _device_kind(), pattern, q_BTHK, k_BTHK, v_BTHV)
+    choice = _pick(
+        implementation, target_device_kind(), pattern, q_BTHK, k_BTHK, v_BTHV
+    )
     if choice.passed_over:
         _warn_once(f"{pattern} runs {choice.name}, since {choice.passed_over}")
     attend = functools.partial(
@@ -125,7 +127,7 @@ def explain(
     """
     q, k, v = (_as_struct(x) for x in (q, k, v))
     _check(q, k, v, pattern)
-    device_kind = device_kind or _device_kind()
+    device_kind = device_kind or target_device_kind()
     choice = _pick(implementation, device_kind, pattern, q, k, v)
     (B, T, H, K), V = q.shape, v.shape[-1]
     period = pattern.head_period
@@ -188,8 +190,8 @@ def _pick(
     return _Choice(implementation, "named by the caller")
 
 
-def _device_kind() -> str:
-    """What the call is compiled for, as far as it can be known while tracing."""
+def target_device_kind() -> str:
+    """Return the device kind that is compiled for: the mesh's, else the default."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is None:
         device = jax.config.jax_default_device
