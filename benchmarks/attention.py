@@ -64,15 +64,15 @@ def main() -> None:
             line += ["--record", str(record), "--cache", str(cache)]
             return [*line, "--deadline", str(deadline)]
 
-        records, whole = processes.measure_all(
+        records, missing = processes.measure_all(
             command, options.out, options.processes, ROW_SECONDS
         )
     result = json.loads(options.out.read_text()) if options.out.exists() else {}
     result = merge(result, records, f"python {shlex.join(sys.argv)}")
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"wrote {options.out}")
-    if not whole:
-        print("out of time: the same command goes on from here")
+    if missing:
+        print(f"{missing}: the same command goes on from here")
         sys.exit(processes.OUT_OF_TIME)
     processes.remove(options.out, options.processes)
 

@@ -20,6 +20,8 @@ from typing import Any
 
 PROCESSES = 3
 OUT_OF_TIME = 75  # the exit status that says: run the same command again
+TOO_SLOW = "too slow"  # what stands for one of a process that was stopped
+FAILURES = 3  # of one process, after which it is given up
 
 TIMES = ("fwd_ms", "fwdbwd_ms")
 SAMPLES = 5
@@ -68,14 +70,17 @@ def measure_all(
     out: Path,
     processes: int,
     row_seconds: float,
-) -> tuple[list[Record], bool]:
-    """Run the processes, each alone with the device; the records, and if all ended.
+) -> tuple[list[Record], str]:
+    """Run the processes, each alone with the device.
 
     Args:
       command: (number of the process, path of its record) -> its command line. It
         exits with OUT_OF_TIME if it stopped between two rows for want of time.
       out: the result's path; records lie beside it.
       row_seconds: a process that writes nothing for so long is stopped.
+
+    Returns:
+      the records, and why they are not whole ('' if they are).
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     records = []
@@ -83,21 +88,24 @@ def measure_all(
         print(f"process {number + 1} of {processes}", flush=True)
         path = record_path(out, number)
         line = command(number, path)
+        failures = 0
         while status := _watch(line, path, row_seconds):
-            if status == OUT_OF_TIME:
-                return [*records, Record(path)], False
             record = Record(path)
-            if record.doing is None:  # not a row's fault, and it would come again
-                sys.exit(f"process {number + 1} ended with status {status}")
-            note = f"stopped after {row_seconds:g} s" if status < 0 else "failed"
+            if status == OUT_OF_TIME:
+                return [*records, record], "out of time"
+            failures += 1
+            if record.doing is None or failures == FAILURES:
+                why = f"process {number + 1} ended with status {status}"
+                return [*records, record], why
             key, row = record.doing
+            note = status if status == TOO_SLOW else "failed"
             print(f"  {key}: {note}; going on after it", flush=True)
             record.add(key, {**row, "note": note})
         records.append(Record(path))
-    return records, True
+    return records, ""
 
 
-def _watch(command: Sequence[str], path: Path, seconds: float) -> int:
+def _watch(command: Sequence[str], path: Path, seconds: float) -> int | str:
     """Run until it ends, or has not touched `path` for so many seconds."""
     child = subprocess.Popen(command)
     seen, since = None, time.monotonic()
@@ -110,6 +118,7 @@ def _watch(command: Sequence[str], path: Path, seconds: float) -> int:
             if time.monotonic() - since > seconds:
                 child.kill()
                 child.wait()
+                return TOO_SLOW
     finally:
         if child.poll() is None:
             child.terminate()
