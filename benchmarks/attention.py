@@ -50,6 +50,10 @@ ROW_SECONDS = 150
 def main() -> None:
     options = parse()
     if options.record:
+        # For what executables cannot be handed over as they are.
+        jax.config.update("jax_compilation_cache_dir", str(options.cache / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
         status = one_process(options)
         sys.stdout.flush()
         os._exit(status)  # threads may still be compiling what nobody waits for
@@ -69,12 +73,7 @@ def main() -> None:
         )
     result = json.loads(options.out.read_text()) if options.out.exists() else {}
     result = merge(result, records, f"python {shlex.join(sys.argv)}")
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"wrote {options.out}")
-    if missing:
-        print(f"{missing}: the same command goes on from here")
-        sys.exit(processes.OUT_OF_TIME)
-    processes.remove(options.out, options.processes)
+    processes.finish(options.out, result, missing, options.processes)
 
 
 def parse() -> argparse.Namespace:
@@ -112,10 +111,6 @@ def merge(
 
 def one_process(options: argparse.Namespace) -> int:
     """Measure the rows that the record lacks, and return the exit status."""
-    cache = str(options.cache / "xla")
-    jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     record = processes.Record(options.record, about())
     tasks = todo(options.sections, options.cases, jax.devices()[0].device_kind)
     tasks = [

@@ -114,7 +114,9 @@ class Compiler:
         if path.exists():
             try:
                 kept = pickle.loads(path.read_bytes())
-                return serialize_executable.deserialize_and_load(*kept)
+                return serialize_executable.deserialize_and_load(
+                    *kept, execution_devices=jax.devices()[:1]
+                )
             except (jax.errors.JaxRuntimeError, ValueError) as problem:
                 print(f"  {key}: compiled again, since {problem}", flush=True)
         with jax.default_matmul_precision("highest" if options else "default"):

@@ -165,8 +165,13 @@ def versions(*packages: str) -> dict[str, str]:
     return found
 
 
-def remove(out: Path, processes: int) -> None:
-    """Delete the records of a result that is whole."""
+def finish(out: Path, result: dict[str, Any], missing: str, processes: int) -> None:
+    """Write the result; remove the records if nothing is missing, else exit."""
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"wrote {out}")
+    if missing:
+        print(f"{missing}: the same command goes on from here")
+        sys.exit(OUT_OF_TIME)
     for number in range(processes):
         record_path(out, number).unlink(missing_ok=True)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
 import shlex
 import sys
@@ -259,16 +258,11 @@ def main() -> None:
             command, options.out, options.processes, ROW_SECONDS
         )
     result = {
-        **records[0].about,
+        **(records[0].about or {}),
         "command": f"python {shlex.join(sys.argv)}",
         "rows": processes.combine([record.rows for record in records]),
     }
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"wrote {options.out}")
-    if missing:
-        print(f"{missing}: the same command goes on from here")
-        sys.exit(processes.OUT_OF_TIME)
-    processes.remove(options.out, options.processes)
+    processes.finish(options.out, result, missing, options.processes)
 
 
 if __name__ == "__main__":
