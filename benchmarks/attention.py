@@ -24,7 +24,6 @@ import argparse
 import concurrent.futures
 import json
 import os
-import shlex
 import sys
 import tempfile
 import time
@@ -72,7 +71,7 @@ def main() -> None:
             command, options.out, options.processes, ROW_SECONDS
         )
     result = json.loads(options.out.read_text()) if options.out.exists() else {}
-    result = merge(result, records, f"python {shlex.join(sys.argv)}")
+    result = merge(result, records, processes.command_line())
     processes.finish(options.out, result, missing, options.processes)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -163,6 +164,15 @@ def versions(*packages: str) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def command_line() -> str:
+    """Return how this script was called, less where it writes and for how long."""
+    words = list(sys.argv)
+    for name in ("--out", "--cache", "--minutes"):
+        while name in words:
+            del words[words.index(name) : words.index(name) + 2]
+    return f"python {shlex.join(words)}"
 
 
 def finish(out: Path, result: dict[str, Any], missing: str, processes: int) -> None:

@@ -46,13 +46,13 @@ def attention_table(result: dict, peer: dict | None = None) -> str:
         ours = [found[case, pattern, n] for n in names if (case, pattern, n) in found]
         lines.append([*line, _error(ours[0])])
     notes = [
-        "bfloat16, milliseconds forward / forward and backward, "
-        f"{_medians(result['rows'])}; errors are relative 2-norms against float32, of "
-        f"the first way that has times. {_on(result)}"
+        "bfloat16, milliseconds forward / forward and backward; errors are relative "
+        "2-norms against float32, of the leftmost way. "
+        f"{_medians(result['rows'])}. {_on(result)}"
     ]
     if peer:
         notes.append(
-            f"{TORCH} is the fastest of {', '.join(_names(peer['rows']))}, "
+            f"{TORCH} is the fastest of {', '.join(_names(peer['rows']))}. "
             f"{_medians(peer['rows'])}. {_on(peer)}"
         )
     return "\n".join([_markdown(lines), *(f"\n{note}" for note in notes)])
@@ -156,8 +156,8 @@ def _medians(rows: list[dict]) -> str:
     """Of how many processes the numbers are medians."""
     counts = sorted({row["processes"] for row in rows if row["fwdbwd_ms"]})
     if counts in ([], [1]):
-        return "one process"
-    return f"medians of {' to '.join(str(n) for n in counts)} processes"
+        return "One process"
+    return f"Medians of {' to '.join(str(n) for n in counts)} processes"
 
 
 def _error(row: dict) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 import sys
 import time
 
@@ -49,7 +50,7 @@ def test_attention_rows_go_on_and_make_a_table(monkeypatch, tmp_path, capsys):
     assert result["growth"] == 1 and result["command"] == "python it"
     table = tables.attention_table(result)
     assert f"| enwik8 | `Local(window=8)` | {merged['fwd_ms']:.3g} / " in table
-    assert "medians of 2 processes" in table
+    assert "Medians of 2 processes." in table
 
 
 KEYS = ["fine", "dies", "hangs", "late", "last"]
@@ -95,6 +96,12 @@ def test_records_of_other_versions_are_left(tmp_path):
     processes.Record(tmp_path / "it", {"versions": 1}).add("a", {"fwd_ms": 1.0})
     assert list(processes.Record(tmp_path / "it", {"versions": 1}).rows) == ["a"]
     assert not processes.Record(tmp_path / "it", {"versions": 2}).rows
+
+
+def test_a_result_names_no_place_of_its_machine(monkeypatch):
+    words = "benchmarks/it.py --out /tmp/it.json --cases 'a b' --minutes 9"
+    monkeypatch.setattr(sys, "argv", shlex.split(words))
+    assert processes.command_line() == "python benchmarks/it.py --cases 'a b'"
 
 
 def test_medians_over_processes():
@@ -159,7 +166,7 @@ def test_growth_table_and_figure():
         table
     )
     assert "| hopper | 1 | 16 / 16 | 1.50 / 1.00 | 1.2 |  |" in table
-    assert "over all 1.50 / 1.00. medians" in table.lower()
+    assert "over all 1.50 / 1.00. Medians of 3" in table
     (axes,) = figures.growth(result).axes
     assert [list(line.get_ydata()) for line in axes.lines] == [
         [4.0, 16.0],
@@ -193,7 +200,7 @@ def test_peers_stand_beside_ours():
     assert (
         "| `Strided(stride=128)` | 0.3 / 1 | 3 / 10 | 0.8 / 2.5 | 2.5e-03 (2.6e-03) |"
     ) in table
-    assert "PyTorch is the fastest of A, B, medians of 3 processes." in table
+    assert "PyTorch is the fastest of A, B. Medians of 3 processes." in table
 
 
 def test_train_step_table():

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-import shlex
 import sys
 import tempfile
 import time
@@ -259,7 +258,7 @@ def main() -> None:
         )
     result = {
         **(records[0].about or {}),
-        "command": f"python {shlex.join(sys.argv)}",
+        "command": processes.command_line(),
         "rows": processes.combine([record.rows for record in records]),
     }
     processes.finish(options.out, result, missing, options.processes)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import statistics
 import subprocess
 import sys
@@ -157,7 +156,7 @@ def main() -> None:
     result = {
         "hardware": f"1 x {torch.cuda.get_device_name()}",
         "versions": processes.versions("torch", "triton"),
-        "command": f"python {shlex.join(sys.argv)}",
+        "command": processes.command_line(),
         "rows": [],
     }
     for number, kind in enumerate(options.kinds):
