@@ -10,12 +10,14 @@ stops at --minutes, goes on when the same command is given again.
 
 Writes {hardware, versions, command, rows} for the cases, and the same for the other
 sections under their names. A row: {case, shape_BTHKV, pattern, implementation, fwd_ms,
-fwdbwd_ms, spread, processes, memory_gb, error, cudnn_error}. Milliseconds are medians
-over processes of the median of several samples, `spread` the lowest and highest of the
-processes. `memory_gb` is XLA's figure for forward and backward: arguments, results and
-work space. `error` is the worst relative 2-norm among the output and the gradients of
-q, k and v, against float32, in the last sequence's last head (heads, where they
-differ); `cudnn_error` that of dense cuDNN attention on the same inputs.
+fwdbwd_ms, spread, processes, memory_gb, peak_gb, error, cudnn_error}, or a `note` in
+place of numbers. Milliseconds, for the whole batch, are medians over processes of the
+median of several samples; `spread` is the lowest and highest of the processes.
+`memory_gb` is XLA's figure for forward and backward: arguments, results, work space;
+`peak_gb` what the device had in use, where no row before it had more. `error` is the
+worst relative 2-norm among the output and the gradients of q, k and v, against float32,
+in the last sequence's last head (heads, where they differ); `cudnn_error` that of dense
+cuDNN attention on the same inputs.
 """
 
 from __future__ import annotations
@@ -38,12 +40,12 @@ import jax.numpy as jnp  # noqa: E402
 
 from benchmarks import attention_programs as programs  # noqa: E402
 from benchmarks import processes  # noqa: E402
-from benchmarks.attention_cases import CASES, SECTIONS, Task, todo  # noqa: E402
+from benchmarks.attention_cases import CASES, SECTIONS, WAYS, Task, todo  # noqa: E402
 from sparse_flax.attention import Dense  # noqa: E402
 from sparse_flax.progress import duration  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "attention.json"
-ROW_SECONDS = 150
+ROW_SECONDS, COMPILE_SECONDS = 60, 240
 
 
 def main() -> None:
@@ -64,6 +66,7 @@ def main() -> None:
         def command(number: int, record: Path) -> list[str]:
             line = [sys.executable, __file__, "--sections", *options.sections]
             line += ["--cases", *options.cases, "--number", str(number)]
+            line += ["--implementations", *options.implementations]
             line += ["--record", str(record), "--cache", str(cache)]
             return [*line, "--deadline", str(deadline)]
 
@@ -79,6 +82,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--implementations", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--processes", type=int, default=processes.PROCESSES)
     parser.add_argument("--minutes", type=float, default=60, help="stop by then")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the JSON file")
@@ -91,7 +95,10 @@ def parse() -> argparse.Namespace:
 def merge(
     result: dict[str, Any], records: list[processes.Record], command: str
 ) -> dict[str, Any]:
-    """Put the sections that the records hold into a result in place of its own."""
+    """Put the rows of the records into a result, in place of what it had of them.
+
+    Other rows of a section stay if they are of the same hardware and versions.
+    """
     result = dict(result)
     for section in SECTIONS:
         runs = [
@@ -103,15 +110,31 @@ def merge(
             continue
         for row in rows:
             del row["section"]
-        made = {**records[0].about, "command": command, "rows": rows}
+        old = result if section == "cases" else result.get(section, {})
+        made = {**records[0].about, "command": command}
+        if all(old.get(name) == value for name, value in records[0].about.items()):
+            known = {identity(row) for row in rows}
+            kept = [row for row in old["rows"] if identity(row) not in known]
+            rows = sorted(kept + rows, key=identity) if kept else rows
+            if kept and old["command"] != command:
+                made["command"] = f"{old['command']}; {command}"
+        made["rows"] = rows
         result |= made if section == "cases" else {section: made}
     return result
+
+
+def identity(row: dict[str, Any]) -> tuple:
+    """Return what tells rows of one section apart, in the order of their tables."""
+    case, way = row["case"], row["implementation"]
+    number = [*CASES].index(case) if case in CASES else row["shape_BTHKV"][1]
+    return number, row["pattern"], WAYS.index(way) if way in WAYS else len(WAYS), way
 
 
 def one_process(options: argparse.Namespace) -> int:
     """Measure the rows that the record lacks, and return the exit status."""
     record = processes.Record(options.record, about())
-    tasks = todo(options.sections, options.cases, jax.devices()[0].device_kind)
+    kind = jax.devices()[0].device_kind
+    tasks = todo(options.sections, options.cases, kind, options.implementations)
     tasks = [
         task
         for task in tasks
@@ -153,12 +176,19 @@ def rows_of(
     began = time.monotonic()
     started = [compiler.start(task, task.key in with_errors) for task in tasks]
     for number, (task, futures) in enumerate(zip(tasks, started, strict=True)):
+        until = time.monotonic() + COMPILE_SECONDS
         record.begin(task.key, task.row())
-        left = max(1.0, options.deadline - time.time())
-        if concurrent.futures.wait(futures, timeout=left).not_done:
-            return False
+        while concurrent.futures.wait(futures, timeout=5).not_done:
+            if time.time() > options.deadline:
+                return False
+            record.begin(task.key, task.row())  # tells that this process is alive
+            if time.monotonic() > until:
+                note = f"compiling took over {COMPILE_SECONDS} s"
+                record.add(task.key, task.row() | {"note": note})
+                break
         line = f"compiled {number + 1}/{len(tasks)} | {task.key}"
         print(f"{line} | {duration(time.monotonic() - began)} so far", flush=True)
+    tasks = [task for task in tasks if task.key not in record.rows]
     began, args, known = time.monotonic(), [], {}
     for number, task in enumerate(tasks):
         if time.time() > options.deadline:
@@ -199,12 +229,20 @@ def measure(task: Task, compiler: programs.Compiler, args: list) -> dict[str, An
             return row | {"note": f"needs {need(both) / 1e9:.0f} GB"}
         wait = jax.block_until_ready
         row["fwd_ms"] = processes.milliseconds(lambda: forward(*args[:3]), wait)
+        before = in_use()
         row["fwdbwd_ms"] = processes.milliseconds(lambda: both(*args), wait)
+        if in_use() > before:  # else an earlier row had more
+            row["peak_gb"] = in_use() / 1e9
     except jax.errors.JaxRuntimeError as problem:
         if "RESOURCE_EXHAUSTED" not in str(problem):
             raise
         row |= dict.fromkeys(processes.TIMES) | {"note": "out of memory"}
     return row
+
+
+def in_use() -> int:
+    """Return the most bytes of the device that this process has had in use."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
 
 
 def need(compiled) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,6 +15,8 @@ from sparse_flax.attention import Columns, Dense, Fixed, Local, Strided
 from sparse_flax.attention.patterns import Pattern
 
 CUDNN = "dense cuDNN"  # by jax.nn.dot_product_attention
+# 'reference' is no way to compute.
+WAYS = (*(name for name in attention.IMPLEMENTATIONS if name != "reference"), CUDNN)
 
 # Case: ((B, T, H, K, V), patterns). Sizes are the paper's, and a longer one.
 CASES = {
@@ -78,7 +81,12 @@ def side(T: int) -> int:
     return 2 ** math.ceil(math.log2(T) / 2)
 
 
-def todo(sections: list[str], cases: list[str], device_kind: str) -> list[Task]:
+def todo(
+    sections: Sequence[str],
+    cases: Sequence[str],
+    device_kind: str,
+    named: Sequence[str] = WAYS,
+) -> list[Task]:
     """List what this device can measure, `gathered` last: XLA tunes it for minutes."""
     tasks: list[Task] = []
     if "cases" in sections:
@@ -100,6 +108,7 @@ def todo(sections: list[str], cases: list[str], device_kind: str) -> list[Task]:
             for pattern in (Strided(l), Fixed(l, l // 4), Columns(l), Local(l)):
                 tasks.append(_picked("crossover", shape, pattern, device_kind))
             tasks += _dense("crossover", shape, device_kind)
+    tasks = [task for task in tasks if task.implementation in named]
     # XLA looks for the fastest of many products, which takes longest of all.
     return sorted(tasks, key=lambda task: task.implementation == "gathered")
 
@@ -123,12 +132,12 @@ def _dense(section: str, shape, device_kind: str) -> list[Task]:
 
 
 def _implementations(pattern, shape, device_kind) -> list[str]:
-    """All but 'reference', which is no way to compute."""
+    """What takes this call on this device, but for 'reference'."""
     q, v = _structs(shape)
     return [
         name
         for name, module in attention.IMPLEMENTATIONS.items()
-        if name != "reference"
+        if name in WAYS
         and not module.runs_on(device_kind)
         and not module.supports(pattern, q, q, v)
     ]

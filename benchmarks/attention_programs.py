@@ -121,8 +121,13 @@ class Compiler:
                 print(f"  {key}: compiled again, since {problem}", flush=True)
         with jax.default_matmul_precision("highest" if options else "default"):
             compiled = jax.jit(run).lower(*args).compile(options)
+        try:
+            kept = pickle.dumps(serialize_executable.serialize(compiled))
+        except (jax.errors.JaxRuntimeError, ValueError) as problem:
+            print(f"  {key}: not kept, since {problem}", flush=True)
+            return compiled
         new = path.with_suffix(".new")
-        new.write_bytes(pickle.dumps(serialize_executable.serialize(compiled)))
+        new.write_bytes(kept)
         new.replace(path)
         return compiled
 

@@ -18,6 +18,7 @@ def test_attention_rows_go_on_and_make_a_table(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(attention_cases, "CROSSOVER_T", (16,))
     monkeypatch.setattr(attention_cases, "CROSSOVER_TOKENS", 32)
     options = argparse.Namespace(sections=["cases"], cases=["enwik8"], cache=tmp_path)
+    options.implementations = attention_cases.WAYS
     out = tmp_path / "attention.json"
 
     def run(number, left=100):
@@ -44,8 +45,17 @@ def test_attention_rows_go_on_and_make_a_table(monkeypatch, tmp_path, capsys):
     options.sections = ["crossover"]
     assert run(1)[2] == ""  # is measured by the first alone
 
-    result = attention.merge({"growth": 1}, [record, second], "python it")
-    (merged,) = result["rows"]
+    options.implementations = ["hopper"]
+    assert run(2)[2] == ""
+
+    old = {**row, "implementation": "hopper"}
+    before = {**record.about, "command": "python a", "rows": [row, old], "growth": 1}
+    result = attention.merge(before, [record, second], "python it")
+    kept, merged = result["rows"]
+    assert kept == old and result["command"] == "python a; python it"
+    before["versions"] = "others"
+    result = attention.merge(before, [record, second], "python it")
+    assert result["rows"] == [merged]
     assert merged["error"] == row["error"] and merged["processes"] == 2
     assert result["growth"] == 1 and result["command"] == "python it"
     table = tables.attention_table(result)
