@@ -67,9 +67,10 @@ KEYS = ["fine", "dies", "hangs", "late", "last"]
 CHILD = """
 import sys, time
 from pathlib import Path
+sys.path.insert(0, sys.argv[3])
 from benchmarks.processes import Record, OUT_OF_TIME
 record = Record(Path(sys.argv[1]), {"versions": 1})
-for key in sys.argv[3:]:
+for key in sys.argv[4:]:
     if key not in record.rows:
         record.begin(key, {"case": key})
         if key == "dies": sys.exit(3)
@@ -85,7 +86,8 @@ def test_processes_survive_a_row_that_dies_hangs_or_is_cut(tmp_path, capsys):
     out, mark = tmp_path / "it.json", tmp_path / "mark"
 
     def command(number, record):
-        return [sys.executable, "-c", CHILD, str(record), str(mark), *KEYS]
+        root = str(attention.ROOT)
+        return [sys.executable, "-c", CHILD, str(record), str(mark), root, *KEYS]
 
     records, missing = processes.measure_all(command, out, 2, 2.0)
     assert missing == "out of time" and len(records) == 1
