@@ -46,6 +46,7 @@ GROWTH_TOKENS, DENSE_TOKENS, DENSE_T = 2**20, 2**18, 2**18
 # The crossover: a training batch of that many tokens.
 CROSSOVER_T = tuple(2**n for n in range(8, 13))
 CROSSOVER_TOKENS = 2**17
+SMALLEST_BLOCK = 64  # of Fixed there: no kernel is made for smaller ones
 
 SECTIONS = ("cases", "growth", "crossover")
 
@@ -105,7 +106,9 @@ def todo(
     if "crossover" in sections:
         for T in CROSSOVER_T:
             shape, l = batch_of(CROSSOVER_TOKENS, T), side(T)
-            for pattern in (Strided(l), Fixed(l, l // 4), Columns(l), Local(l)):
+            block = max(l, SMALLEST_BLOCK)
+            fixed = Fixed(block, block // 4)
+            for pattern in (Strided(l), fixed, Columns(l), Local(l)):
                 tasks.append(_picked("crossover", shape, pattern, device_kind))
             tasks += _dense("crossover", shape, device_kind)
     tasks = [task for task in tasks if task.implementation in named]
