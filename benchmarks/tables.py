@@ -114,8 +114,9 @@ def crossover_table(result: dict) -> str:
         lines.append([*line, " / ".join(first)])
     note = (
         "How many times as fast as dense cuDNN attention, forward / forward and "
-        "backward: stride, window or block the power of two at or above sqrt(T), blocks "
-        "at least 64, summaries a quarter of the block, 8 heads of 64, batches of as many tokens"
+        "backward: stride, window or block the power of two at or above sqrt(T), "
+        "blocks at least 64, summaries a quarter of the block, 8 heads of 64, batches "
+        "of as many tokens"
     )
     return f"{_markdown(lines)}\n\n{note}. {_medians(result['rows'])}. {_on(result)}"
 
