@@ -92,17 +92,15 @@ def supports(pattern: Pattern, q: Any, k: Any, v: Any) -> str | None:
 
 
 def _too_many(part: Part, B: int, T: int, H: int) -> str | None:
-    batch, name, size = B, "", 1
     if isinstance(part, parts.Columns):
-        name, size, H = "columns at stride", part.stride, part.stride * H
+        H *= part.stride
     elif isinstance(part, parts.OwnBlock | parts.Summaries):
-        name, size, batch = "blocks of", part.size, B * -(-T // part.size)
-    if max(batch, H) <= MOST_BLOCKS:
+        B *= -(-T // part.size)
+    if max(B, H) <= MOST_BLOCKS:
         return None
-    what = f"{T} tokens in {name} {size}" if name else f"{B} sequences of {H} heads"
     return (
-        f"cudnn takes up to {MOST_BLOCKS} heads or sequences in a call, and {what} make "
-        f"{max(batch, H)}; try fewer sequences or heads at a time"
+        f"cudnn gets {B} sequences of {H} heads to see as {part}, and takes up to "
+        f"{MOST_BLOCKS} of either; try fewer sequences or heads at a time"
     )
 
 
@@ -122,7 +120,7 @@ class Core(NamedTuple):
 
 
 def _bind(which: str, args, scale, causal, window, **more):
-    """Call what jax keeps private: it gives the log-sum-exp in q's dtype, if at all."""
+    """Call the primitives themselves: what is public rounds lse to q's dtype."""
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
     if jax.__version_info__ >= (0, 12):

@@ -50,10 +50,11 @@ def sparse_attention(
       pattern: who sees whom. Patterns belong to query heads by global index.
       scale: multiplies q.k; 1/sqrt(K) by default.
       implementation: 'hopper' (kernels for an H100 or H200, reverse mode only),
-        'cudnn' (NVIDIA GPUs from Ampere on, reverse mode only), 'gathered' (any device, differentiable to any order) or 'reference' (dense,
-        float32). None picks the fastest that supports the call on the device it is
-        traced for: the mesh's, else the default one. One named here is used or
-        refused, never replaced.
+        'cudnn' (NVIDIA GPUs from Ampere on, reverse mode only), 'gathered' (any
+        device, differentiable to any order) or 'reference' (dense, float32). None
+        picks the fastest that supports the call on the device it is traced for: the
+        mesh's, else the default one. One named here is used or refused, never
+        replaced.
 
     Returns:
       out_BTHV [B, T, H, V] in v's dtype. Softmax and sums are in float32.
