@@ -132,8 +132,6 @@ def test_pieces_are_disjoint_and_make_up_the_mask(pattern, T):
         mask = (j <= i) | (not piece.causal)
         if piece.window is not None:
             mask &= i - j < piece.window
-        if piece.alone:
-            mask = i == j
         at_i, at_j = np.nonzero(mask)
         np.add.at(seen, (q[:, at_i], k[:, at_j]), 1)
     assert not seen[1:, 0].any(), "a real query sees padding"
@@ -205,6 +203,7 @@ def program(run, q, k, v):
     [
         (Dense(), [((2, 4, 1000, 1000), "CAUSAL", 0)]),
         (Local(100), [((2, 4, 1000, 1000), "CAUSAL", 100)]),
+        (Local(1000), [((2, 4, 1000, 1000), "CAUSAL", 0)]),
         (Columns(64), [((2, 256, 16, 16), "CAUSAL", 0)]),
         (Blocks(64), [((32, 4, 64, 64), "CAUSAL", 0)]),
         (
@@ -237,6 +236,17 @@ def test_calls_of_cudnn_forward_and_backward(pattern, expected):
     assert len(calls) == 2 * len(expected)
     assert "1000x1000" not in text  # nor any other T x T array
     assert "x64xbf16" in text and "x60xbf16" in text  # width 60 is padded to 64
+
+
+@pytest.mark.parametrize(("keep", "runs"), [((), 2), (("out", "lse"), 1)])
+def test_a_checkpoint_policy_keeps_the_result(keep, runs):
+    names = [f"attention_{name}" for name in keep]
+    policy = jax.checkpoint_policies.save_only_these_names(*names)
+    run = jax.checkpoint(plain(Dense(), 0.125, cudnn.CUDNN), policy=policy)
+    q = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
+    calls, _ = program(run, q, q, q)
+    assert [x[0] for x in calls].count("fmhaSoftmax") == runs
+    assert len(calls) == runs + 1
 
 
 @pytest.fixture
@@ -274,6 +284,7 @@ def test_shards_call_cudnn_alone():
         ("NVIDIA GeForce RTX 3060 Laptop GPU", True),
         ("NVIDIA GeForce RTX 4090", True),
         ("NVIDIA RTX 6000 Ada Generation", True),
+        ("NVIDIA RTX 2000 Ada Generation", True),
         ("NVIDIA GB200", True),
         ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", True),
         ("NVIDIA R200", True),  # not heard of: a new one

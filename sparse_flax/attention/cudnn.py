@@ -32,13 +32,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_flax.attention import gathered, heads, parts, union
-from sparse_flax.attention.hopper.layouts import fit, kept, over_batch, sum_groups, up
+from sparse_flax.attention import heads, parts, union
+from sparse_flax.attention.cudnn_calls import (
+    CUDNN,
+    OLDEST_JAX,
+    SELF,
+    TOO_NEW_JAX,
+    Core,
+)
+from sparse_flax.attention.hopper.layouts import fit, kept, over_batch, up
 from sparse_flax.attention.parts import Part
 from sparse_flax.attention.patterns import Pattern
 
-# What is called is private to jax, so only the versions it was tried with.
-OLDEST_JAX, TOO_NEW_JAX = (0, 10, 2), (0, 13)
 DTYPES = ("bfloat16", "float16")
 WIDEST_HEAD = 128  # on Ampere; `supports` does not know the device
 MOST_BLOCKS = 65535  # of a CUDA grid along the axes that batch and heads lie on
@@ -46,7 +51,7 @@ MOST_BLOCKS = 65535  # of a CUDA grid along the axes that batch and heads lie on
 # that of the new ones grows, so a name nobody has heard of is taken for a new one.
 NVIDIA = re.compile(r"\b(NVIDIA|Tesla|Quadro|GeForce)\b")
 BEFORE_AMPERE = re.compile(
-    r"Tesla|Quadro|TITAN|\bGTX|\bRTX 20\d\d|\bMX\d|\bGT \d"
+    r"Tesla|Quadro|TITAN|\bGTX|\bRTX 20[678]0|\bMX\d|\bGT \d"
     r"|\b(GV100|GP100|V100S?|[KMP]\d+[a-zA-Z]*|T\d+[a-zA-Z]*)\b"
 )
 
@@ -104,77 +109,6 @@ def _too_many(part: Part, B: int, T: int, H: int) -> str | None:
     )
 
 
-# ---- What cuDNN computes -----------------------------------------------------------
-
-
-class Core(NamedTuple):
-    """Attention of q [B, Q, H, W] over k and v [B, S, H_kv, W].
-
-    forward(q, k, v, scale, causal, window) -> (out [B, Q, H, W], lse [B, Q, H])
-    backward(q, k, v, out, lse, d_out, scale, causal, window) -> (dq, dk, dv)
-    causal: query i sees keys j <= i; of these with a window the last `window`.
-    """
-
-    forward: Callable[..., tuple[jax.Array, jax.Array]]
-    backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
-
-
-def _bind(which: str, args, scale, causal, window, **more):
-    """Call the primitives themselves: what is public rounds lse to q's dtype."""
-    from jax._src.cudnn import fused_attention_stablehlo as fused
-
-    if jax.__version_info__ >= (0, 12):
-        more["score_mod"] = None
-    q, k, v, *rest = args
-    mask = fused.MaskType.CAUSAL if causal else fused.MaskType.NO_MASK
-    # Bias, lengths, offsets and page tables: an empty array means none.
-    return getattr(fused, f"_dot_product_attention_{which}_p_wrapper").bind(
-        *(q, k, v, *[jnp.zeros(0, q.dtype)] * 7, *rest),
-        scale=scale,
-        seed=0,
-        dropout_rate=0.0,
-        variadic_args=(False, False),
-        mask_type=mask,
-        layout=fused.AttentionLayout.BTNH.value,
-        sliding_window_length=window,
-        **more,
-    )
-
-
-def _cudnn_forward(q, k, v, scale, causal, window):
-    args = scale, causal, window
-    out, lse_BHQ = _bind("fwd", (q, k, v), *args, is_training=True)
-    return out, lse_BHQ.swapaxes(1, 2)
-
-
-def _cudnn_backward(q, k, v, out, lse, d_out, *args):
-    return _bind("bwd", (q, k, v, lse.swapaxes(1, 2), out, d_out), *args)
-
-
-CUDNN = Core(_cudnn_forward, _cudnn_backward)
-
-
-def _self_forward(q, k, v, scale, causal, window):
-    """Query i sees key i alone."""
-    del causal, window
-    out, lse = gathered.CORES[parts.Diagonal](parts.Diagonal(), q, k, v, scale)
-    return out.astype(v.dtype), lse
-
-
-def _self_backward(q, k, v, out, lse, d_out, scale, causal, window):
-    del causal, window
-    heads, group = k.shape[2], q.shape[2] // k.shape[2]
-    q, k, v, out, d_out = (x.astype(jnp.float32) for x in (q, k, v, out, d_out))
-    k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
-    p = jnp.exp(scale * jnp.sum(q * k, -1) - lse)[..., None]
-    d_logit = p * jnp.sum(d_out * (v - out), -1, keepdims=True) * scale
-    dk, dv = (sum_groups(x, heads) for x in (d_logit * q, p * d_out))
-    return d_logit * k, dk, dv
-
-
-SELF = Core(_self_forward, _self_backward)
-
-
 # ---- Pieces ------------------------------------------------------------------------
 
 Fold = Callable[[jax.Array], jax.Array]
@@ -187,31 +121,23 @@ class Piece(NamedTuple):
     fold_kv: Fold
     causal: bool = True
     window: int | None = None
-    alone: bool = False  # each query sees one key, its own: cuDNN wants two
 
 
 def _pieces(some_parts: Sequence[Part], T: int) -> Iterator[Piece]:
     """Split disjoint parts into disjoint pieces."""
     for part in some_parts:
-        fold_q, fold_kv = part.fold_q, part.fold_kv
         if isinstance(part, parts.Summaries):
             blocks = -(-T // part.size)
             for level in range((blocks - 1).bit_length()):
                 yield _level(part, 1 << level, blocks)
         elif isinstance(part, parts.Columns) and part.strict:
-            rows = -(-T // part.stride) - 1
-            if rows:
-                yield _shift(part)._replace(alone=rows == 1)
-        elif isinstance(part, parts.Band):
-            window = part.width if part.width < T else None
-            yield Piece(fold_q, fold_kv, window=window, alone=min(part.width, T) == 1)
+            if T > part.stride:
+                yield _shift(part)
+        elif isinstance(part, parts.Band | parts.Self):
+            window = 1 if isinstance(part, parts.Self) else part.width
+            yield Piece(part.fold_q, part.fold_kv, window=window)
         else:
-            rows = {parts.Self: 1, parts.All: T}.get(type(part))
-            if isinstance(part, parts.OwnBlock):
-                rows = min(part.size, T)
-            elif isinstance(part, parts.Columns):
-                rows = -(-T // part.stride)
-            yield Piece(fold_q, fold_kv, alone=rows == 1)
+            yield Piece(part.fold_q, part.fold_kv)
 
 
 def _shift(part: parts.Columns) -> Piece:
@@ -257,11 +183,14 @@ class Union:
     scale: float
     core: Core
 
-    def pieces(self, T: int) -> Iterator[tuple[Piece, Core, tuple]]:
+    def calls(self, q) -> Iterator[tuple[Piece, Core, tuple]]:
         """Each piece with its core and the core's last arguments."""
-        for piece in _pieces(self.parts, T):
-            core = SELF if piece.alone else self.core
-            yield piece, core, (self.scale, piece.causal, piece.window)
+        for piece in _pieces(self.parts, q.shape[1]):
+            rows = jax.eval_shape(piece.fold_q, q).shape[1]
+            keys = min(rows, piece.window or rows)
+            core = SELF if piece.causal and keys == 1 else self.core
+            window = keys if keys < rows else None
+            yield piece, core, (self.scale, piece.causal, window)
 
 
 def attend(
@@ -304,7 +233,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 def _forward(what: Union, q, k, v):
     """Return (out_BTHW, lse_BTH) of the union."""
     done = []
-    for piece, core, args in what.pieces(q.shape[1]):
+    for piece, core, args in what.calls(q):
         # Folds are linear and only move numbers, so their transpose unfolds.
         folded, unfold = jax.vjp(piece.fold_q, q)
         out, lse = core.forward(folded, piece.fold_kv(k), piece.fold_kv(v), *args)
@@ -323,7 +252,7 @@ def _unfold_lse(piece: Piece, q, lse):
 def _backward(what: Union, q, k, v, out, lse, d_out):
     """Return (dq, dk, dv), given what `_forward` returned."""
     total = [0.0, 0.0, 0.0]
-    for piece, core, args in what.pieces(q.shape[1]):
+    for piece, core, args in what.calls(q):
         folds = piece.fold_q, piece.fold_kv, piece.fold_kv
         folded = [jax.vjp(f, x) for f, x in zip(folds, (q, k, v), strict=True)]
         lse_piece = piece.fold_q(lse[..., None])[..., 0]
