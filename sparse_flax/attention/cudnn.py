@@ -17,7 +17,7 @@ exact, since a probability of the union is exp(logit - lse of the union) in each
 Reverse mode only. cuDNN adds up dq in no fixed order, so gradients may differ in the
 last bits from run to run. bfloat16 and float16, with softmax and sums in float32.
 
-Compiled, never run on: Ampere, Ada and Blackwell.
+Compiled for Hopper; not run on any GPU yet, see tests/test_gpu_cudnn.py.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ from sparse_flax.attention.patterns import Pattern
 
 DTYPES = ("bfloat16", "float16")
 WIDEST_HEAD = 128  # on Ampere; `supports` does not know the device
-MOST_BLOCKS = 65535  # of a CUDA grid along the axes that batch and heads lie on
+# Of a CUDA grid along its second and third axis; assumed to be where cuDNN puts them.
+MOST_BLOCKS = 65535
 # Every NVIDIA GPU is from Ampere on, but for these. The old names are a closed list;
 # that of the new ones grows, so a name nobody has heard of is taken for a new one.
 NVIDIA = re.compile(r"\b(NVIDIA|Tesla|Quadro|GeForce)\b")
@@ -157,7 +158,7 @@ def _level(part: parts.Summaries, half: int, blocks: int) -> Piece:
     and at no other, so levels 1, 2, 4, ... need no mask and compute no pair twice.
     """
     groups = up(blocks - half, 2 * half) // (2 * half)  # those with a later half
-    # The only group ends where the queries do: its padding could be half of all.
+    # Where one group is left, padding its later half could double the work.
     last = min(blocks, 2 * half) if groups == 1 else 2 * half
 
     def split(x, size, first, last):
