@@ -16,6 +16,8 @@ This package imports nothing else of sparse_flax, and no flax.
     union.py       merge: attention over a union of disjoint key sets
     reference.py   implementation: dense masked softmax in float32
     gathered.py    implementation: blocks and views in plain XLA, any device
+    cudnn.py       implementation: calls of cuDNN, NVIDIA GPUs from Ampere on
+    cudnn_calls.py what cuDNN computes, through what jax keeps private
     hopper/        implementation: kernels for NVIDIA's H100 and H200
 """
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from sparse_flax.attention import gathered, hopper, reference
+from sparse_flax.attention import cudnn, gathered, hopper, reference
 from sparse_flax.attention.patterns import Pattern
 
 # Fastest first: where none is named, the first that runs on the device and supports
@@ -23,6 +23,7 @@ from sparse_flax.attention.patterns import Pattern
 #   attend(q, k, v, pattern, scale): out
 IMPLEMENTATIONS: dict[str, ModuleType] = {
     "hopper": hopper,
+    "cudnn": cudnn,
     "gathered": gathered,
     "reference": reference,
 }
@@ -49,10 +50,11 @@ def sparse_attention(
       pattern: who sees whom. Patterns belong to query heads by global index.
       scale: multiplies q.k; 1/sqrt(K) by default.
       implementation: 'hopper' (kernels for an H100 or H200, reverse mode only),
-        'gathered' (any device, differentiable to any order) or 'reference' (dense,
-        float32). None picks the fastest that supports the call on the device it is
-        traced for: the mesh's, else the default one. One named here is used or
-        refused, never replaced.
+        'cudnn' (NVIDIA GPUs from Ampere on, reverse mode only), 'gathered' (any
+        device, differentiable to any order) or 'reference' (dense, float32). None
+        picks the fastest that supports the call on the device it is traced for: the
+        mesh's, else the default one. One named here is used or refused, never
+        replaced.
 
     Returns:
       out_BTHV [B, T, H, V] in v's dtype. Softmax and sums are in float32.
