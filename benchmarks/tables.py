@@ -175,11 +175,11 @@ def _markdown(lines: list[list[str]]) -> str:
 
 def train_step_table(result: dict) -> str:
     """A line a model, pattern and setting."""
-    head = "model, pattern, batch, dropout, remat, unroll, tokens/s, ms (5 % to 95 %)"
-    head = [*head.split(", "), "MFU", "GB"]
-    lines = [head]
+    head = "model, pattern, batch x tokens, dropout, remat, unroll, tokens/s"
+    lines = [[*head.split(", "), "ms (5 % to 95 %)", "MFU", "GB"]]
     for row in result["rows"]:
-        line = [row["model"], f"`{row['pattern']}`", str(row["batch_size"])]
+        line = [row["model"], f"`{row['pattern']}`"]
+        line += [f"{row['batch_size']} x {row['context']:,}"]
         line += [f"{row['dropout']:g}", row["remat"], str(row["unroll"])]
         low, high = row["step_ms_spread"]
         line += [
@@ -189,7 +189,8 @@ def train_step_table(result: dict) -> str:
             f"{row['memory_gb']:.1f}",
         ]
         lines.append(line)
-    return f"{_markdown(lines)}\n\n{_on(result)}"
+    note = "Each row's command is in benchmarks/results/train_step.json."
+    return f"{_markdown(lines)}\n\n{_on(result)} {note}"
 
 
 def _on(result: dict) -> str:

@@ -2,12 +2,15 @@
 
     python benchmarks/train_step.py                   # every case, on one GPU
     python benchmarks/train_step.py --models enwik8 --patterns "Strided(128)"
+    python benchmarks/train_step.py --models imagenet64 --patterns "Strided(1024)" \
+        --context 1048576 --batch_size 1 --remat full
 
 Each case runs in a process of its own, so that its peak of memory is its own: random
 bytes, the paper's model at full size, `--steps` steps after three to warm up. Prints a
-line a case and writes benchmarks/results/train_step.json: {hardware, versions, command,
-rows: [{model, pattern, dropout, remat, unroll, batch_size, tokens_per_s, step_ms,
-step_ms_spread, mfu, memory_gb}]}. step_ms is the median, its spread the 5th and 95th
+line a case and writes benchmarks/results/train_step.json: {hardware, versions, rows:
+[{model, pattern, context, dropout, remat, unroll, batch_size, tokens_per_s, step_ms,
+step_ms_spread, mfu, memory_gb, command}]}. Rows measured before on the same hardware
+with the same versions stay. step_ms is the median, its spread the 5th and 95th
 percentile; MFU is defined in sparse_flax/flops.py.
 """
 
@@ -27,15 +30,27 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # so that it runs from a clone that is not installed
 RESULTS = Path(__file__).with_name("results") / "train_step.json"
 
-# (model, batch size, patterns): the paper's, and on text the other two of its table 2.
+# (model, batch size, pattern, unroll): the paper's, on text also the other two of its
+# table 2. The unrolled ones have no loop over layers left.
 CASES = [
-    ("enwik8", 8, "Fixed(128, 32, rotate=True)"),
-    ("enwik8", 8, "Strided(128)"),
-    ("enwik8", 8, "Dense()"),
-    ("cifar10", 32, "Columns(96), Local(96), Local(96), Local(96)"),
-    ("cifar10", 32, "Strided(96)"),
-    ("imagenet64", 8, "Local(128), Columns(128), Local(128), Local(128)"),
+    ("enwik8", 8, "Fixed(128, 32, rotate=True)", 30),
+    ("enwik8", 8, "Strided(128)", 30),
+    ("enwik8", 8, "Dense()", 30),
+    ("cifar10", 32, "Columns(96), Local(96), Local(96), Local(96)", 1),
+    ("cifar10", 32, "Strided(96)", 1),
+    ("imagenet64", 8, "Local(128), Columns(128), Local(128), Local(128)", 1),
 ]
+# What tells one row from another.
+KEY = (
+    "model",
+    "pattern",
+    "context",
+    "dropout",
+    "remat",
+    "unroll",
+    "batch_size",
+    "attention",
+)
 
 
 def main() -> None:
@@ -44,24 +59,23 @@ def main() -> None:
         print(json.dumps(measure(args)))
         return
     cases = [
-        (model, args.batch_size or batch, pattern, dropout, remat, unroll)
-        for (model, batch, pattern), dropout, remat, unroll in itertools.product(
-            CASES, args.dropout, args.remat, args.unroll
+        (model, args.batch_size or batch, pattern, dropout, remat, args.unroll or turns)
+        for (model, batch, pattern, turns), dropout, remat in itertools.product(
+            cases_of(args), args.dropout, args.remat
         )
-        if model in args.models and pattern in (args.patterns or [pattern])
     ]
-    rows, failed, began = [], 0, time.monotonic()
+    failed, began = 0, time.monotonic()
     for number, case in enumerate(cases):
         model, batch, pattern, dropout, remat, unroll = case
         named = f"{model} {pattern} dropout {dropout} remat {remat} unroll {unroll}"
         left = (time.monotonic() - began) / max(number, 1) * (len(cases) - number)
         eta = f" | eta {left:.0f} s" if number else ""
         print(f"case {number + 1} of {len(cases)}: {named}{eta}", flush=True)
-        command = [sys.executable, __file__, "--case", "--models", model]
-        command += ["--patterns", pattern, "--dropout", str(dropout), "--remat", remat]
-        command += ["--batch_size", str(batch), "--steps", str(args.steps)]
-        command += ["--attention", args.attention, "--trace", args.trace]
-        command += ["--unroll", str(unroll)]
+        options = ["--models", model, "--patterns", pattern, "--dropout", str(dropout)]
+        options += ["--remat", remat, "--batch_size", str(batch)]
+        options += ["--unroll", str(unroll), "--context", str(args.context)]
+        options += ["--steps", str(args.steps), "--attention", args.attention]
+        command = [sys.executable, __file__, "--case", "--trace", args.trace, *options]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         if done.returncode:
             tail = done.stderr.strip().splitlines()[-1:] or ["no message"]
@@ -69,32 +83,55 @@ def main() -> None:
             failed += 1
             continue
         row = json.loads(done.stdout.strip().splitlines()[-1])
-        about = {key: row.pop(key) for key in ("hardware", "versions")}
-        rows.append(row)
+        row["command"] = f"python benchmarks/train_step.py {shlex.join(options)}"
         print(
             f"  {row['tokens_per_s']:,.0f} tokens/s | {row['step_ms']:.1f} ms "
             f"({row['step_ms_spread'][0]:.1f} to {row['step_ms_spread'][1]:.1f}) | "
             f"MFU {row['mfu']:.1%} | {row['memory_gb']:.1f} GB",
             flush=True,
         )
-        command = f"python {shlex.join(sys.argv)}"
-        record = {**about, "command": command, "rows": rows}
-        args.output.parent.mkdir(exist_ok=True, parents=True)
-        args.output.write_text(json.dumps(record, indent=1) + "\n")
+        add(row, args.output)
     if failed:
         sys.exit(f"{failed} of {len(cases)} cases failed")
 
 
+def cases_of(args: argparse.Namespace) -> list[tuple[str, int, str, int]]:
+    """The cases asked for; a pattern of no case is run with its models' first."""
+    cases = [case for case in CASES if case[0] in args.models]
+    if not args.patterns:
+        return cases
+    known = [case for case in cases if case[2] in args.patterns]
+    others = [p for p in args.patterns if p not in {case[2] for case in known}]
+    firsts = {model: (batch, turns) for model, batch, _, turns in reversed(cases)}
+    known += [
+        (model, batch, pattern, turns)
+        for model, (batch, turns) in firsts.items()
+        for pattern in others
+    ]
+    return known
+
+
+def add(row: dict, path: Path) -> None:
+    """Write a row beside those measured on the same hardware with the same versions."""
+    about = {key: row.pop(key) for key in ("hardware", "versions")}
+    old = json.loads(path.read_text()) if path.exists() else {}
+    same = all(old.get(key) == value for key, value in about.items())
+    rows = [r for r in old["rows"] if any(r[k] != row[k] for k in KEY)] if same else []
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.write_text(json.dumps({**about, "rows": [*rows, row]}, indent=1) + "\n")
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    models = sorted({model for model, *_ in CASES})
+    models = list(dict.fromkeys(case[0] for case in CASES))
     parser.add_argument("--models", nargs="+", default=models, choices=models)
     parser.add_argument("--patterns", nargs="+", default=[])
     parser.add_argument("--dropout", nargs="+", type=float, default=[0.0])
-    parser.add_argument("--remat", nargs="+", default=["none"])
+    parser.add_argument("--remat", nargs="+", default=["attention+mlp"])
     parser.add_argument("--batch_size", type=int, default=0, help="0: each case's own")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--unroll", nargs="+", type=int, default=[1])
+    parser.add_argument("--context", type=int, default=0, help="0: the model's own")
+    parser.add_argument("--unroll", type=int, default=0, help="0: each case's own")
     parser.add_argument("--attention", default="", help="an implementation by name")
     parser.add_argument("--trace", default="", help="a folder for a profile")
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -121,7 +158,9 @@ def measure(args: argparse.Namespace) -> dict:
     config.model.dropout = args.dropout[0]
     config.model.remat = args.remat[0]
     config.model.attention = args.attention
-    config.model.unroll = args.unroll[0]
+    config.model.unroll = args.unroll
+    if args.context:
+        config.model.context, config.model.position_shape = args.context, ()
     config.train.batch_size = args.batch_size
     config, _ = finalize(config)
     model_config = config_lib.model_config(config)
@@ -156,10 +195,12 @@ def measure(args: argparse.Namespace) -> dict:
     return {
         "model": args.models[0],
         "pattern": config.model.patterns,
+        "context": T,
         "dropout": config.model.dropout,
         "remat": config.model.remat,
         "unroll": config.model.unroll,
         "batch_size": B,
+        "attention": args.attention,
         "tokens_per_s": tokens_per_s,
         "step_ms": 1e3 * np.median(step_s),
         "step_ms_spread": list(1e3 * np.quantile(step_s, [0.05, 0.95])),

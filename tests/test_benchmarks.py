@@ -217,12 +217,12 @@ def test_peers_stand_beside_ours():
 
 def test_train_step_table():
     row = {"model": "enwik8", "pattern": "Strided(128)", "batch_size": 8}
-    row |= {"dropout": 0.4, "remat": "none", "tokens_per_s": 123456.7}
+    row |= {"context": 12288, "dropout": 0.4, "remat": "none", "tokens_per_s": 123456.7}
     row |= {"step_ms": 98.76, "step_ms_spread": [97.0, 99.04], "unroll": 3}
     row |= {"mfu": 0.5, "memory_gb": 12.34}
     result = {"hardware": "it", "versions": {"jax": "9"}, "rows": [row]}
     assert (
-        "| enwik8 | `Strided(128)` | 8 | 0.4 | none | 3 | 123,457 "
+        "| enwik8 | `Strided(128)` | 8 x 12,288 | 0.4 | none | 3 | 123,457 "
         "| 98.8 (97.0 to 99.0) | 50.0% | 12.3 |"
     ) in tables.train_step_table(result)
 
