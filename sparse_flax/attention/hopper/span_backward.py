@@ -6,8 +6,6 @@ delta = rowsum(out * d_out) are those of the union that the span is a part of.
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -62,7 +60,7 @@ def _query_gradients(q, k, v, d_out, lse, delta, *, scale, span, into, cut, inte
 
     def body(q, k, v, d_out, lse, delta, *refs):
         dq1 = refs[0]  # if given
-        dq, qs, d_outs, ks, vs, own, full, free = refs[-8:]
+        dq, qs, d_outs, ks, vs, own, old, full, free = refs[-9:]
         b, h, w, t0 = grid.place(last_first=True)
         kv = lax.div(h, group)
 
@@ -71,9 +69,8 @@ def _query_gradients(q, k, v, d_out, lse, delta, *, scale, span, into, cut, inte
             plgpu.copy_gmem_to_smem(k.at[at], ks.at[buffer], bar)
             plgpu.copy_gmem_to_smem(v.at[at], vs.at[buffer], bar)
 
-        seen = functools.partial(span.key_tiles, N=N)
-        walk = Walk(grid, t0, w, seen, issue, full, free)
-        row, here = walk.row, pl.ds(walk.row, M)
+        walk = Walk(grid, span, True, (t0, w), issue, (full, free))
+        here = pl.ds(walk.row, M)
         plgpu.copy_gmem_to_smem(q.at[b, here, h], qs.at[w], own.at[w])
         plgpu.copy_gmem_to_smem(d_out.at[b, here, h], d_outs.at[w], own.at[w])
         pl.when(w == 0)(walk.start)
@@ -85,10 +82,7 @@ def _query_gradients(q, k, v, d_out, lse, delta, *, scale, span, into, cut, inte
         mine = qs.at[w], d_outs.at[w], l * LOG2E, e
         plgpu.barrier_wait(own.at[w])
 
-        def use(tile, buffer, masked, acc):
-            def mask(s):
-                return span.hide(s, row - tile * N, keys=1) if masked else s
-
+        def use(buffer, mask, acc):
             return steps.add_query_gradients(
                 acc,
                 mine,
@@ -101,7 +95,10 @@ def _query_gradients(q, k, v, d_out, lse, delta, *, scale, span, into, cut, inte
 
         x = walk.over(use, tiles.zeros(M, K)) * scale
         if into is not None:
-            x = x + _load(dq1.at[b, here, h])
+            plgpu.commit_smem()  # every warp has finished reading q
+            plgpu.copy_gmem_to_smem(dq1.at[b, here, h], qs.at[w], old.at[w])
+            plgpu.barrier_wait(old.at[w])
+            x = x + plgpu.load(qs.at[w], layout=LAYOUT).astype(jnp.float32)
         qs[w] = x.astype(dtype)
         plgpu.commit_smem()
 
@@ -121,6 +118,7 @@ def _query_gradients(q, k, v, d_out, lse, delta, *, scale, span, into, cut, inte
             tiles.swizzled((cut.stages, N, K), dtype),
             tiles.swizzled((cut.stages, N, V), dtype),
             plgpu.Barrier(num_arrivals=2, num_barriers=W),
+            plgpu.Barrier(num_barriers=W),
             plgpu.Barrier(num_arrivals=2, num_barriers=cut.stages),
             plgpu.Barrier(num_arrivals=W, num_barriers=cut.stages),
         ],
@@ -150,18 +148,14 @@ def _key_gradients(q, k, v, d_out, lse, delta, *, scale, span, into, cut, interp
             plgpu.copy_gmem_to_smem(lse.at[b, h, rows], lses.at[buffer], bar)
             plgpu.copy_gmem_to_smem(delta.at[b, h, rows], deltas.at[buffer], bar)
 
-        seen = functools.partial(span.query_tiles, N=N, rows=T)
-        walk = Walk(grid, t0, w, seen, issue, full, free)
-        row, here = walk.row, pl.ds(walk.row, M)
+        walk = Walk(grid, span, False, (t0, w), issue, (full, free))
+        here = pl.ds(walk.row, M)
         plgpu.copy_gmem_to_smem(k.at[b, here, kv], ks.at[w], own.at[w])
         plgpu.copy_gmem_to_smem(v.at[b, here, kv], vs.at[w], own.at[w])
         pl.when(w == 0)(walk.start)
         plgpu.barrier_wait(own.at[w])
 
-        def use(tile, buffer, masked, sums):
-            def mask(s):
-                return span.hide(s, tile * N - row, keys=0) if masked else s
-
+        def use(buffer, mask, sums):
             return steps.add_key_gradients(
                 sums,
                 (ks.at[w], vs.at[w]),
@@ -174,12 +168,14 @@ def _key_gradients(q, k, v, d_out, lse, delta, *, scale, span, into, cut, interp
 
         x, y = walk.over(use, (tiles.zeros(M, K), tiles.zeros(M, V)))
         x = x * scale
-        # One after the other, for want of registers.
         if into:
-            x = x + _load(dk1.at[b, here, h])
+            plgpu.commit_smem()  # every warp has finished reading k and v
+            plgpu.copy_gmem_to_smem(dk1.at[b, here, h], ks.at[w], own.at[w])
+            plgpu.copy_gmem_to_smem(dv1.at[b, here, h], vs.at[w], own.at[w])
+            plgpu.barrier_wait(own.at[w])
+            x = x + plgpu.load(ks.at[w], layout=LAYOUT).astype(jnp.float32)
+            y = y + plgpu.load(vs.at[w], layout=LAYOUT).astype(jnp.float32)
         ks[w] = x.astype(dtype)
-        if into:
-            y = y + _load(dv1.at[b, here, h])
         vs[w] = y.astype(dtype)
         plgpu.commit_smem()
 
@@ -212,7 +208,3 @@ def _key_gradients(q, k, v, d_out, lse, delta, *, scale, span, into, cut, interp
         threads=W,
         interpret=interpret,
     )(q, k, v, d_out, lse, delta, *(into or ()))
-
-
-def _load(ref):
-    return plgpu.load(ref, layout=LAYOUT, optimized=False).astype(jnp.float32)

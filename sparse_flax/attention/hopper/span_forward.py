@@ -6,8 +6,6 @@ share every tile of keys.
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -62,39 +60,37 @@ def forward(
                     to = to.at[buffer, pl.ds(i, piece)]
                     plgpu.copy_gmem_to_smem(ref.at[b, rows, kv], to, full.at[buffer])
 
-        seen = functools.partial(span.key_tiles, N=N)
-        walk = Walk(grid, t0, w, seen, issue, full, free)
-        row, here = walk.row, pl.ds(walk.row, M)
+        walk = Walk(grid, span, True, (t0, w), issue, (full, free))
+        here = pl.ds(walk.row, M)
         queries = qs.at[w]
         plgpu.copy_gmem_to_smem(q.at[b, here, h], queries, q_bar.at[w])
         pl.when(w == 0)(walk.start)
-        carry = steps.nothing_yet(V)
+        os = os[0].at[w] if os else queries
         if init:
-            x = plgpu.load(out1.at[b, here, h], layout=LAYOUT, optimized=False)
+            plgpu.copy_gmem_to_smem(out1.at[b, here, h], os, q_bar.at[w])
             by_row = LAYOUT.reduce(1)
             l = plgpu.load(lse1.at[b, h, here], layout=by_row, optimized=False)
-            top = jnp.maximum(l * LOG2E, steps.LOWEST)
-            carry = x.astype(jnp.float32), top, jnp.ones_like(top)
         plgpu.barrier_wait(q_bar.at[w])
+        carry = steps.nothing_yet(V)
+        if init:
+            x = plgpu.load(os, layout=LAYOUT).astype(jnp.float32)
+            top = jnp.maximum(l * LOG2E, steps.LOWEST)
+            carry = x, top, jnp.ones_like(top)
 
-        def use(tile, buffer, masked, carry):
-            def mask(s):
-                return span.hide(s, row - tile * N, keys=1) if masked else s
-
+        def use(buffer, mask, carry):
             keys, values = ks.at[buffer], lambda: vs.at[buffer]
             return steps.attend(
                 carry, queries, keys, values, mask, factor, dtype, interpret
             )
 
         x, y = steps.finish(walk.over(use, carry), dtype)
-        (os,) = os or (qs,)
-        os[w] = x
+        os[...] = x
         plgpu.commit_smem()
 
         @pl.when(walk.live)
         def _():
             lse[b, h, here] = y
-            plgpu.copy_smem_to_gmem(os.at[w], out.at[b, here, h])
+            plgpu.copy_smem_to_gmem(os, out.at[b, here, h])
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
@@ -109,10 +105,10 @@ def forward(
             tiles.swizzled((W, M, K), dtype),
             tiles.swizzled((cut.stages, N, K), dtype),
             tiles.swizzled((cut.stages, N, V), dtype),
-            plgpu.Barrier(num_barriers=W),
+            plgpu.Barrier(num_arrivals=2 if init else 1, num_barriers=W),
             plgpu.Barrier(num_arrivals=2 * (N // piece), num_barriers=cut.stages),
             plgpu.Barrier(num_arrivals=W, num_barriers=cut.stages),
-            *(() if K == V else (tiles.swizzled((W, M, V), dtype),)),
+            *((tiles.swizzled((W, M, V), dtype),) if init or K != V else ()),
         ],
         grid=grid.axes,
         threads=W,

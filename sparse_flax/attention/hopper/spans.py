@@ -30,17 +30,24 @@ class Span:
     least: int = 0
     window: int | None = None
 
-    def hide(self, s, distance, keys: int):
-        """Put -inf where a key is not seen.
+    def hide(self, s, distance, keys: int, near: bool, far: bool):
+        """Put -inf where a key is too near to be seen, or too far.
 
         `distance` is the tile's first query less its first key, `keys` the dimension of
         s that keys lie along.
         """
-        d = tiles.positions(s, 1 - keys) - tiles.positions(s, keys) + distance
-        seen = d >= self.least
-        if self.window is not None:
-            seen = seen & (d < self.window)
-        return jnp.where(seen, s, -jnp.inf)
+        # Sums are made along rows, of which a thread has two: differences of all pairs
+        # would be kept in registers through every loop.
+        rows, columns = tiles.positions(s, 0), tiles.positions(s, 1)
+        if near and keys == 1:
+            s = jnp.where(columns <= rows + (distance - self.least), s, -jnp.inf)
+        elif near:
+            s = jnp.where(columns >= rows + (self.least - distance), s, -jnp.inf)
+        if far and keys == 1:
+            s = jnp.where(columns > rows + (distance - self.window), s, -jnp.inf)
+        elif far:
+            s = jnp.where(columns < rows + (self.window - distance), s, -jnp.inf)
+        return s
 
     def key_tiles(self, row, N: int):
         """Tiles of N keys that the 64 queries from `row` on see.
@@ -100,40 +107,56 @@ class Grid:
 
 
 class Walk:
-    """The walk of a block over tiles of `cut.columns` others.
+    """The walk of a block over tiles of `cut.columns` others: keys, or queries.
 
-    seen(row) tells which tiles the 64 own rows from `row` on see, as Span's methods do;
     issue(tile, buffer) copies one. Where the rows of a block end behind the last of
     all, `live` is false in the warpgroups that have none of their own; these walk along
     and must write nothing.
     """
 
-    def __init__(self, grid: Grid, first_row, w, seen, issue, full, free):
+    def __init__(self, grid: Grid, span: Span, over_keys: bool, place, issue, bars):
+        first_row, w = place
         cut, last = grid.cut, grid.rows - M
         mine = first_row + w * M
+        self.span, self.over_keys, self.N = span, over_keys, cut.columns
         self.live = mine <= last
         self.row = jnp.minimum(mine, last)
+
+        def seen(row):
+            if over_keys:
+                return span.key_tiles(row, self.N)
+            return span.query_tiles(row, self.N, grid.rows)
+
         block_last = jnp.minimum(first_row + (cut.warpgroups - 1) * M, last)
         self.begin, self.end = seen(first_row)[0], seen(block_last)[3]
-        self.parts = seen(self.row)
+        self.seen = seen(self.row)
         self.start, self._steps = ring(
             lambda j, buffer: issue(self.begin + j, buffer),
-            *(full, free, self.end - self.begin, cut, w),
+            *(*bars, self.end - self.begin, cut, w),
         )
 
     def over(self, use, carry):
-        """Return carry = use(tile, buffer, masked, carry) after all tiles seen."""
-        since, whole, last, until = self.parts
+        """Return carry = use(buffer, mask, carry) after all tiles seen."""
+        since, whole, last, until = self.seen
         # What is one thing has nothing between: no loop then, and no code for it.
         all_seen_at_first, all_seen_at_last = whole is since, last is until
         until = jnp.where(self.live, until, since)
         # A walk may be so short that no tile is wholly seen.
         whole = since if all_seen_at_first else jnp.minimum(whole, until)
         last = until if all_seen_at_last else jnp.clip(last, whole, until)
+        # In a wide window no tile has keys too near and keys too far.
+        window = self.span.window
+        both = window is not None and window < self.N + M
 
-        def go(first, end, masked, carry):
+        def go(first, end, carry, near=False, far=False):
             def step(j, buffer, carry):
-                return use(self.begin + j, buffer, masked, carry)
+                def mask(s):
+                    apart = self.row - (self.begin + j) * self.N
+                    keys = 1 if self.over_keys else 0
+                    distance = apart if self.over_keys else -apart
+                    return self.span.hide(s, distance, keys, near or both, far or both)
+
+                return use(buffer, mask if near or far else lambda s: s, carry)
 
             return self._steps(first - self.begin, end - self.begin, step, carry)
 
@@ -144,9 +167,9 @@ class Walk:
 
         pass_by(self.begin, since)
         if not all_seen_at_first:
-            carry = go(since, whole, True, carry)
-        carry = go(whole, last, False, carry)
+            carry = go(since, whole, carry, near=not self.over_keys, far=self.over_keys)
+        carry = go(whole, last, carry)
         if not all_seen_at_last:
-            carry = go(last, until, True, carry)
+            carry = go(last, until, carry, near=self.over_keys, far=not self.over_keys)
         pass_by(until, self.end)
         return carry
