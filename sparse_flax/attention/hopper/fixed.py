@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sparse_flax.attention.hopper import fixed_backward, fixed_forward
+from sparse_flax.attention.hopper import fixed_backward, fixed_forward, tiles
 from sparse_flax.attention.hopper.fixed_walk import Walk
 from sparse_flax.attention.hopper.layouts import (
     fit,
@@ -98,7 +98,7 @@ class FixedPlan:
             getattr(pattern, "rotate", False),
             self_only=isinstance(pattern, Summaries),
         )
-        width = up(width, M)
+        width = tiles.width_of(width)
         if width > M:
             forward, summaries, blocks = Cut(2, 64, 2, 1), Cut(2), Cut(2, 64, 2, 1)
         else:
