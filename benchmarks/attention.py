@@ -1,255 +1,285 @@
 """Time every implementation of attention, and dense cuDNN, on this machine's GPU.
 
-    python benchmarks/attention.py                      # all cases, three processes
-    python benchmarks/attention.py --cases enwik8 audio --quick
+    python benchmarks/attention.py                      # everything
+    python benchmarks/attention.py --sections growth crossover
+    python benchmarks/attention.py --cases enwik8 audio --processes 1 --out /tmp/a.json
 
-Milliseconds are medians over processes of the median of several samples; a sample is
-many calls dispatched one after the other and waited for once, so that the cost of a
-launch stays out. `error` is the worst relative 2-norm among the output and the
-gradients of q, k and v, against `gathered` in float32 on one sequence and one head.
+Sections: `cases`, the paper's shapes; `growth`, time against T at stride sqrt(T);
+`crossover`, where each pattern begins to beat dense cuDNN. A run that is cut off, or
+stops at --minutes, goes on when the same command is given again.
+
+Writes {hardware, versions, command, rows} for the cases, and the same for the other
+sections under their names. A row: {case, shape_BTHKV, pattern, implementation, fwd_ms,
+fwdbwd_ms, spread, processes, memory_gb, peak_gb, error, cudnn_error}, or a `note` in
+place of numbers. Milliseconds, for the whole batch, are medians over processes of the
+median of several samples; `spread` is the lowest and highest of the processes.
+`memory_gb` is XLA's figure for forward and backward: arguments, results, work space;
+`peak_gb` what the device had in use, where no row before it had more. `error` is the
+worst relative 2-norm among the output and the gradients of q, k and v, against float32,
+in the last sequence's last head (heads, where they differ); `cudnn_error` that of dense
+cuDNN attention on the same inputs.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
-import importlib.metadata
+import concurrent.futures
 import json
-import pathlib
-import statistics
-import subprocess
+import os
 import sys
 import tempfile
 import time
+from pathlib import Path
+from typing import Any
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the package, also where it is not installed
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
-from sparse_flax import attention  # noqa: E402
-from sparse_flax.attention import (  # noqa: E402
-    Columns,
-    Dense,
-    Fixed,
-    Local,
-    Strided,
-    sparse_attention,
-)
+from benchmarks import attention_programs as programs  # noqa: E402
+from benchmarks import processes  # noqa: E402
+from benchmarks.attention_cases import CASES, SECTIONS, WAYS, Task, todo  # noqa: E402
+from sparse_flax.attention import Dense  # noqa: E402
 from sparse_flax.progress import duration  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "attention.json"
-PROCESSES = 3
-SAMPLES = 5
-SECONDS = 0.04  # a sample takes about so long, and makes at most CALLS calls
-CALLS = 40
-CUDNN = "dense cuDNN"
-
-# Case: ((B, T, H, K, V), patterns). Sizes are the paper's, and a longer one.
-CASES = {
-    "enwik8": (
-        (8, 12288, 8, 64, 64),
-        [
-            Strided(128),
-            Columns(128),
-            Local(128),
-            Fixed(128, 32),
-            Fixed(128, 32, rotate=True),
-        ],
-    ),
-    "cifar10": ((32, 3072, 2, 128, 128), [Strided(96), Columns(96), Local(96)]),
-    "cifar10_half": ((32, 3072, 2, 64, 128), [Strided(96), Columns(96), Local(96)]),
-    "imagenet64": ((8, 12288, 16, 32, 32), [Strided(128), Columns(128), Local(128)]),
-    "audio": ((2, 65536, 8, 64, 64), [Strided(256), Columns(256), Local(256)]),
-    "long": ((1, 1048576, 8, 64, 64), [Strided(1024)]),
-}
-
-
-def todo(cases: list[str], device_kind: str) -> list[tuple]:
-    """List (case, pattern, implementation); 'reference' is no way to compute."""
-    rows = []
-    for case in cases:
-        (B, T, H, K, V), patterns = CASES[case]
-        q = jax.ShapeDtypeStruct((B, T, H, K), jnp.bfloat16)
-        v = jax.ShapeDtypeStruct((B, T, H, V), jnp.bfloat16)
-        for pattern in patterns:
-            for name, module in attention.IMPLEMENTATIONS.items():
-                refused = module.runs_on(device_kind)
-                refused = refused or module.supports(pattern, q, q, v)
-                if name != "reference" and not refused:
-                    rows.append((case, pattern, name))
-        if K == V and "NVIDIA" in device_kind:  # cuDNN takes one width
-            rows.append((case, Dense(), CUDNN))
-    return rows
-
-
-def attend(pattern, implementation, q, k, v):
-    """The call that is timed."""
-    if implementation == CUDNN:
-        return jax.nn.dot_product_attention(
-            q, k, v, is_causal=True, implementation="cudnn"
-        )
-    return sparse_attention(q, k, v, pattern, implementation=implementation)
-
-
-def inputs(shape, dtype=jnp.bfloat16):
-    """q, k, v and the output's gradient."""
-    B, T, H, K, V = shape
-    keys = jax.random.split(jax.random.key(0), 4)
-    return [
-        jax.random.normal(key, (B, T, H, width), dtype)
-        for key, width in zip(keys, (K, K, V, V), strict=True)
-    ]
-
-
-def value_and_gradients(run):
-    """(q, k, v, d_out) -> (out, dq, dk, dv), compiled."""
-
-    def call(q, k, v, d_out):
-        out, pull = jax.vjp(run, q, k, v)
-        return out, *pull(d_out)
-
-    return jax.jit(call)
-
-
-def milliseconds(run, args, samples: int) -> float:
-    """The median over samples of a call's time."""
-    jax.block_until_ready(run(*args))
-    began = time.perf_counter()
-    jax.block_until_ready(run(*args))
-    once = time.perf_counter() - began
-    calls = max(1, min(CALLS, round(SECONDS / once)))
-    taken = []
-    for _ in range(samples):
-        began = time.perf_counter()
-        for _ in range(calls):
-            out = run(*args)
-        jax.block_until_ready(out)
-        taken.append((time.perf_counter() - began) / calls * 1e3)
-    return statistics.median(taken)
-
-
-@functools.lru_cache(maxsize=1)
-def exact(pattern, T: int, K: int, V: int):
-    """Output and gradients in float32, on one sequence and one head."""
-    args = inputs((1, T, 1, K, V))
-    with jax.default_matmul_precision("highest"):
-        run = functools.partial(attend, pattern, "gathered")
-        return value_and_gradients(run)(*(x.astype(jnp.float32) for x in args))
-
-
-def error(pattern, implementation, T: int, K: int, V: int) -> float:
-    """The worst relative 2-norm of the output's and the gradients' error."""
-    run = functools.partial(attend, pattern, implementation)
-    got = value_and_gradients(run)(*inputs((1, T, 1, K, V)))
-    return max(
-        float(jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b))
-        for a, b in zip(got, exact(pattern, T, K, V), strict=True)
-    )
-
-
-def measure(case: str, pattern, implementation: str, samples: int) -> dict:
-    """One row; where memory does not suffice it says so and has no times."""
-    shape, _ = CASES[case]
-    row = {"case": case, "pattern": repr(pattern), "implementation": implementation}
-    run = functools.partial(attend, pattern, implementation)
-    try:
-        args = inputs(shape)
-        row["fwd_ms"] = milliseconds(jax.jit(run), args[:3], samples)
-        row["fwdbwd_ms"] = milliseconds(value_and_gradients(run), args, samples)
-        del args
-        _, T, _, K, V = shape
-        # Dense over a million tokens in float32 takes minutes, and tells nothing new.
-        tell = implementation != CUDNN or T <= 2**17
-        row["error"] = error(pattern, implementation, T, K, V) if tell else None
-    except jax.errors.JaxRuntimeError as problem:
-        if "RESOURCE_EXHAUSTED" not in str(problem):
-            raise
-        row |= {"fwd_ms": None, "fwdbwd_ms": None, "error": None}
-        row["note"] = "out of memory"
-    return row
-
-
-def one_process(cases: list[str], samples: int, out: str) -> None:
-    """Measure all rows and write them; a line and the time left for each."""
-    rows = todo(cases, jax.devices()[0].device_kind)
-    began, done = time.monotonic(), []
-    for case, pattern, name in rows:
-        row = measure(case, pattern, name, samples)
-        done.append(row)
-        each = (time.monotonic() - began) / len(done)
-        times = " / ".join(
-            f"{row[key]:.3f}" if row[key] else "-" for key in ("fwd_ms", "fwdbwd_ms")
-        )
-        print(
-            f"{len(done)}/{len(rows)} | {case} {pattern} {name} | {times} ms | "
-            f"error {row['error'] or 0:.1e} | "
-            f"eta {duration(each * (len(rows) - len(done)))}",
-            flush=True,
-        )
-    pathlib.Path(out).write_text(json.dumps(done))
-
-
-def combine(runs: list[list[dict]]) -> list[dict]:
-    """The median over processes of every number."""
-    rows = []
-    for same in zip(*runs, strict=True):
-        row = dict(same[0])
-        for key in ("fwd_ms", "fwdbwd_ms", "error"):
-            values = [other[key] for other in same if other[key] is not None]
-            row[key] = float(f"{statistics.median(values):.4g}") if values else None
-        rows.append(row)
-    return rows
-
-
-def versions() -> dict[str, str]:
-    """What the numbers depend on."""
-    found = {"python": sys.version.split()[0]}
-    for name in ("jax", "jaxlib", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+ROW_SECONDS, COMPILE_SECONDS = 60, 240
 
 
 def main() -> None:
-    """Start the processes one after the other and write the medians."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument(
-        "--quick", action="store_true", help="one process, three samples"
-    )
-    parser.add_argument("--out", default=str(RESULTS), help="the JSON file to write")
-    parser.add_argument("--rows-of-one-process", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    samples = 3 if options.quick else SAMPLES
-    if options.rows_of_one_process:
-        one_process(options.cases, samples, options.rows_of_one_process)
-        return
-    processes = 1 if options.quick else PROCESSES
-    runs = []
+    options = parse()
+    if options.record:
+        # For what executables cannot be handed over as they are.
+        jax.config.update("jax_compilation_cache_dir", str(options.cache / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        status = one_process(options)
+        sys.stdout.flush()
+        os._exit(status)  # threads may still be compiling what nobody waits for
     with tempfile.TemporaryDirectory() as folder:
-        for i in range(processes):
-            print(f"process {i + 1} of {processes}", flush=True)
-            out = pathlib.Path(folder, f"{i}.json")
-            command = [sys.executable, __file__, "--cases", *options.cases]
-            command += ["--quick"] * options.quick + ["--rows-of-one-process", str(out)]
-            # Each has the whole card: this process touches no device before they end.
-            subprocess.run(command, check=True)
-            runs.append(json.loads(out.read_text()))
-    device = jax.devices()[0]
-    result = {
-        "hardware": f"{jax.device_count()} x {device.device_kind}",
-        "versions": versions(),
-        "processes": processes,
-        "rows": combine(runs),
+        cache = options.cache or Path(folder)
+        cache.mkdir(parents=True, exist_ok=True)
+        deadline = time.time() + 60 * options.minutes
+
+        def command(number: int, record: Path) -> list[str]:
+            line = [sys.executable, __file__, "--sections", *options.sections]
+            line += ["--cases", *options.cases, "--number", str(number)]
+            line += ["--implementations", *options.implementations]
+            line += ["--record", str(record), "--cache", str(cache)]
+            return [*line, "--deadline", str(deadline)]
+
+        records, missing = processes.measure_all(
+            command, options.out, options.processes, ROW_SECONDS
+        )
+    result = json.loads(options.out.read_text()) if options.out.exists() else {}
+    result = merge(result, records, processes.command_line())
+    processes.finish(options.out, result, missing, options.processes)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--implementations", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--processes", type=int, default=processes.PROCESSES)
+    parser.add_argument("--minutes", type=float, default=60, help="stop by then")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the JSON file")
+    parser.add_argument("--cache", type=Path, help="a folder for executables to keep")
+    for name, kind in (("--number", int), ("--record", Path), ("--deadline", float)):
+        parser.add_argument(name, type=kind, help=argparse.SUPPRESS)  # of one process
+    return parser.parse_args()
+
+
+def merge(
+    result: dict[str, Any], records: list[processes.Record], command: str
+) -> dict[str, Any]:
+    """Put the rows of the records into a result, in place of what it had of them.
+
+    Other rows of a section stay if they are of the same hardware and versions.
+    """
+    result = dict(result)
+    for section in SECTIONS:
+        runs = [
+            {key: row for key, row in record.rows.items() if row["section"] == section}
+            for record in records
+        ]
+        rows = processes.combine(runs)
+        if not rows:
+            continue
+        for row in rows:
+            del row["section"]
+        old = result if section == "cases" else result.get(section, {})
+        made = {**records[0].about, "command": command}
+        if all(old.get(name) == value for name, value in records[0].about.items()):
+            known = {identity(row) for row in rows}
+            kept = [row for row in old["rows"] if identity(row) not in known]
+            rows = sorted(kept + rows, key=identity) if kept else rows
+            if kept and old["command"] != command:
+                made["command"] = f"{old['command']}; {command}"
+        made["rows"] = rows
+        result |= made if section == "cases" else {section: made}
+    return result
+
+
+def identity(row: dict[str, Any]) -> tuple:
+    """Return what tells rows of one section apart, in the order of their tables."""
+    case, way = row["case"], row["implementation"]
+    number = [*CASES].index(case) if case in CASES else row["shape_BTHKV"][1]
+    return number, row["pattern"], WAYS.index(way) if way in WAYS else len(WAYS), way
+
+
+def one_process(options: argparse.Namespace) -> int:
+    """Measure the rows that the record lacks, and return the exit status."""
+    record = processes.Record(options.record, about())
+    kind = jax.devices()[0].device_kind
+    tasks = todo(options.sections, options.cases, kind, options.implementations)
+    tasks = [
+        task
+        for task in tasks
+        if task.key not in record.rows
+        # The crossover is read off powers of two: one process will do.
+        and (options.number == 0 or task.section != "crossover")
+    ]
+    compiler = programs.Compiler(options.cache)
+    # XLA tunes `gathered` for minutes, so the others are timed before it begins.
+    for tuned in (False, True):
+        group = [task for task in tasks if (task.implementation == "gathered") == tuned]
+        if not rows_of(group, compiler, record, options):
+            return processes.OUT_OF_TIME
+    return 0
+
+
+def about() -> dict[str, Any]:
+    """What the numbers depend on."""
+    names = ("jax", "jaxlib", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12")
+    return {
+        "hardware": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "versions": processes.versions(*names),
     }
-    out = pathlib.Path(options.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"wrote {out}")
+
+
+def rows_of(
+    tasks: list[Task],
+    compiler: programs.Compiler,
+    record: processes.Record,
+    options: argparse.Namespace,
+) -> bool:
+    """Compile what the tasks need, then measure each; whether there was time for all.
+
+    Nothing else runs while a row is timed: all is compiled before.
+    """
+    with_errors = {
+        task.key for task in tasks if options.number == 0 and task.section == "cases"
+    }
+    began = time.monotonic()
+    started = [compiler.start(task, task.key in with_errors) for task in tasks]
+    for number, (task, futures) in enumerate(zip(tasks, started, strict=True)):
+        until = time.monotonic() + COMPILE_SECONDS
+        record.begin(task.key, task.row())
+        while concurrent.futures.wait(futures, timeout=5).not_done:
+            if time.time() > options.deadline:
+                return False
+            record.begin(task.key, task.row())  # tells that this process is alive
+            if time.monotonic() > until:
+                note = f"compiling took over {COMPILE_SECONDS} s"
+                record.add(task.key, task.row() | {"note": note})
+                break
+        line = f"compiled {number + 1}/{len(tasks)} | {task.key}"
+        print(f"{line} | {duration(time.monotonic() - began)} so far", flush=True)
+    tasks = [task for task in tasks if task.key not in record.rows]
+    began, args, known = time.monotonic(), [], {}
+    for number, task in enumerate(tasks):
+        if time.time() > options.deadline:
+            return False
+        record.begin(task.key, task.row())
+        if [x.shape for x in args] != [x.shape for x in programs.structs(task.shape)]:
+            args.clear()  # before the next are made, so that both need not fit
+            args += programs.inputs(task.shape)
+        row = measure(task, compiler, args)
+        if task.key in with_errors and row["fwdbwd_ms"]:
+            row |= errors_of(task, compiler, args, known)
+        record.add(task.key, row)
+        each = (time.monotonic() - began) / (number + 1)
+        print(
+            f"{number + 1}/{len(tasks)} | {task.key} | {times(row)} | "
+            f"error {row.get('error') or 0:.1e} | "
+            f"eta {duration(each * (len(tasks) - number - 1))}",
+            flush=True,
+        )
+    return True
+
+
+def times(row: dict[str, Any]) -> str:
+    """Write a row's times, or why it has none."""
+    if row["fwdbwd_ms"] is None:
+        return row["note"]
+    return f"{row['fwd_ms']:.3f} / {row['fwdbwd_ms']:.3f} ms"
+
+
+def measure(task: Task, compiler: programs.Compiler, args: list) -> dict[str, Any]:
+    """One row without its error; where memory does not suffice it says so."""
+    row = task.row() | dict.fromkeys(processes.TIMES)
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+    try:
+        forward, both = compiler.forward(task).result(), compiler.both(task).result()
+        row["memory_gb"] = need(both) / 1e9
+        if limit and need(both) > limit:
+            return row | {"note": f"needs {need(both) / 1e9:.0f} GB"}
+        wait = jax.block_until_ready
+        row["fwd_ms"] = processes.milliseconds(lambda: forward(*args[:3]), wait)
+        before = in_use()
+        row["fwdbwd_ms"] = processes.milliseconds(lambda: both(*args), wait)
+        if in_use() > before:  # else an earlier row had more
+            row["peak_gb"] = in_use() / 1e9
+    except jax.errors.JaxRuntimeError as problem:
+        if "RESOURCE_EXHAUSTED" not in str(problem):
+            raise
+        row |= dict.fromkeys(processes.TIMES) | {"note": "out of memory"}
+    return row
+
+
+def in_use() -> int:
+    """Return the most bytes of the device that this process has had in use."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+
+
+def need(compiled) -> int:
+    """Return the bytes that a program's arguments, results and work space take."""
+    sizes = compiled.memory_analysis()
+    sizes = (
+        sizes.argument_size_in_bytes,
+        sizes.output_size_in_bytes,
+        sizes.temp_size_in_bytes,
+    )
+    return sum(sizes)
+
+
+def errors_of(
+    task: Task, compiler: programs.Compiler, args: list, known: dict
+) -> dict[str, float | None]:
+    """The row's error and cuDNN's own; None where float32 would take too long."""
+    row = {"error": None, "cudnn_error": None}
+    if not compiler.has_exact(task):
+        return row
+    heads = task.pattern.head_period
+    try:
+        exact = compiler.exact(task.pattern, programs.part_shape(task)).result()
+        exact = exact(*programs.part_of(args, heads, dtype=jnp.float32))
+        got = programs.part_of(compiler.both(task).result()(*args), heads)
+        row["error"] = programs.worst_error(got, exact)
+        shape = programs.dense_shape(task)
+        if shape and task.shape not in known:
+            exact = compiler.exact(Dense(), shape).result()
+            exact = exact(*programs.part_of(args, 1, shape[-1], jnp.float32))
+            got = compiler.cudnn(shape).result()(*programs.part_of(args, 1, shape[-1]))
+            known[task.shape] = programs.worst_error(got, exact)
+        row["cudnn_error"] = known.get(task.shape)
+    except jax.errors.JaxRuntimeError as problem:
+        if "RESOURCE_EXHAUSTED" not in str(problem):
+            raise
+    return row
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import pathlib
 import re
 import sys
@@ -22,28 +23,161 @@ from sparse_flax.attention import support_table  # noqa: E402
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def attention_table(result: dict) -> str:
-    """A line a case and pattern: forward / forward and backward of each way."""
-    rows = result["rows"]
-    names = list(dict.fromkeys(row["implementation"] for row in rows))
-    calls = list(dict.fromkeys((row["case"], row["pattern"]) for row in rows))
+DENSE, CUDNN, TORCH = "Dense()", "dense cuDNN", "PyTorch"
+
+
+def attention_table(result: dict, peer: dict | None = None) -> str:
+    """A line a case and pattern: forward / forward and backward of each way.
+
+    Args:
+      result: of attention.py.
+      peer: of peers/torch_attention.py.
+    """
+    rows = [*result["rows"], *_fastest(peer["rows"] if peer else [])]
     found = {(r["case"], r["pattern"], r["implementation"]): r for r in rows}
-    lines = [["case", "pattern", *names], ["---"] * (2 + len(names))]
-    for case, pattern in calls:
-        cells = [_times(found.get((case, pattern, name))) for name in names]
-        lines.append([case, f"`{pattern}`", *cells])
-    processes = result["processes"]
-    medians = f"medians of {processes} processes" if processes > 1 else "one process"
-    note = f"bfloat16, milliseconds forward / forward and backward, {medians}."
-    lines = [f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join([*lines, "", f"{note} {_on(result)}"])
+    names = list(dict.fromkeys(row["implementation"] for row in rows))
+    names.sort(key=[*(n for n in names if n not in (CUDNN, TORCH)), CUDNN, TORCH].index)
+    lines = [["case", "pattern", *names, "error (cuDNN's)"]]
+    for case, pattern in dict.fromkeys((r["case"], r["pattern"]) for r in rows):
+        line = [case, f"`{pattern}`"]
+        for name in names:  # dense cuDNN is the same whatever the pattern
+            at = DENSE if name == CUDNN else pattern
+            line.append(_times(found.get((case, at, name))))
+        ours = [found[case, pattern, n] for n in names if (case, pattern, n) in found]
+        lines.append([*line, _error(ours[0])])
+    notes = [
+        "bfloat16, milliseconds forward / forward and backward; errors are relative "
+        "2-norms against float32, of the leftmost way. "
+        f"{_medians(result['rows'])}. {_on(result)}"
+    ]
+    if peer:
+        notes.append(
+            f"{TORCH} is the fastest of {', '.join(_names(peer['rows']))}. "
+            f"{_medians(peer['rows'])}. {_on(peer)}"
+        )
+    return "\n".join([_markdown(lines), *(f"\n{note}" for note in notes)])
+
+
+def growth_table(result: dict) -> str:
+    """A line a T: time of a sequence, how it grew, memory; dense cuDNN beside it."""
+    head = "T, pattern, runs, batch, ms a sequence, slope, GB, dense cuDNN"
+    lines = [head.split(", ")]
+    rows = [row for row in result["rows"] if row["pattern"] != DENSE]
+    dense = {row["case"]: row for row in result["rows"] if row["pattern"] == DENSE}
+    steps = [None, *rows]
+    for before, row in zip(steps, rows, strict=False):
+        B, T, *_ = row["shape_BTHKV"]
+        line = [f"{T:,}", f"`{row['pattern']}`", row["implementation"], str(B)]
+        line += [_times(row, B), slope(before, row) if before else ""]
+        line.append(f"{row['memory_gb']:.1f}" if row.get("memory_gb") else "")
+        other = dense.get(row["case"])
+        line.append(_times(other, other["shape_BTHKV"][0]) if other else "")
+        lines.append(line)
+    note = (
+        "Forward / forward and backward, 8 heads of 64, bfloat16, batches of as many "
+        "tokens (dense: fewer), so that no row waits for launches. Slope: of "
+        "log(ms a sequence) against log(T) since the line above"
+    )
+    if len(rows) > 1:
+        note += f"; over all {slope(rows[0], rows[-1])}"
+    return f"{_markdown(lines)}\n\n{note}. {_medians(rows)}. {_on(result)}"
+
+
+def slope(first: dict, last: dict) -> str:
+    """Return both slopes of log(time of a sequence) against log(T), as text."""
+    (B1, T1, *_), (B2, T2, *_) = first["shape_BTHKV"], last["shape_BTHKV"]
+    slopes = []
+    for name in ("fwd_ms", "fwdbwd_ms"):
+        if not (first[name] and last[name]):
+            return ""
+        ratio = (last[name] / B2) / (first[name] / B1)
+        slopes.append(f"{math.log(ratio) / math.log(T2 / T1):.2f}")
+    return " / ".join(slopes)
+
+
+def crossover_table(result: dict) -> str:
+    """A line a pattern: how many times as fast as dense cuDNN at each T."""
+    cases = list(dict.fromkeys(row["case"] for row in result["rows"]))
+    dense = {row["case"]: row for row in result["rows"] if row["pattern"] == DENSE}
+    kinds: dict[str, dict] = {}
+    for row in result["rows"]:
+        if row["pattern"] != DENSE:
+            kinds.setdefault(row["pattern"].split("(")[0], {})[row["case"]] = row
+    lines = [["pattern", *cases, "faster from T ="]]
+    for kind, rows in kinds.items():
+        line, first = [f"`{kind}`"], []
+        for case in cases:
+            ratios = _ratios(dense.get(case), rows.get(case))
+            line.append(" / ".join(f"{ratio:.2g}" for ratio in ratios))
+        for way in (0, 1):
+            first.append(_faster_from(cases, dense, rows, way))
+        lines.append([*line, " / ".join(first)])
+    note = (
+        "How many times as fast as dense cuDNN attention, forward / forward and "
+        "backward: stride, window or block the power of two at or above sqrt(T), "
+        "blocks at least 64, summaries a quarter of the block, 8 heads of 64, batches "
+        "of as many tokens"
+    )
+    return f"{_markdown(lines)}\n\n{note}. {_medians(result['rows'])}. {_on(result)}"
+
+
+def _ratios(dense: dict | None, row: dict | None) -> list[float]:
+    if not (dense and row and dense["fwdbwd_ms"] and row["fwdbwd_ms"]):
+        return []
+    return [dense[name] / row[name] for name in ("fwd_ms", "fwdbwd_ms")]
+
+
+def _faster_from(cases: list[str], dense: dict, rows: dict, way: int) -> str:
+    """The first T from which on it is faster at every T that was measured."""
+    found = "none"
+    for case in reversed(cases):
+        ratios = _ratios(dense.get(case), rows.get(case))
+        if not ratios or ratios[way] <= 1:
+            break
+        found = case.removeprefix("T=")
+    return found
+
+
+def _fastest(rows: list[dict]) -> list[dict]:
+    """The fastest peer of each case and pattern, forward and backward."""
+    best: dict[tuple, dict] = {}
+    for row in rows:
+        if row["fwdbwd_ms"]:
+            old = best.setdefault((row["case"], row["pattern"]), row)
+            if row["fwdbwd_ms"] < old["fwdbwd_ms"]:
+                best[row["case"], row["pattern"]] = row
+    return [{**row, "implementation": TORCH} for row in best.values()]
+
+
+def _names(rows: list[dict]) -> list[str]:
+    return sorted({row["implementation"].removeprefix("torch ") for row in rows})
+
+
+def _medians(rows: list[dict]) -> str:
+    """Of how many processes the numbers are medians."""
+    counts = sorted({row["processes"] for row in rows if row["fwdbwd_ms"]})
+    if counts in ([], [1]):
+        return "One process"
+    return f"Medians of {' to '.join(str(n) for n in counts)} processes"
+
+
+def _error(row: dict) -> str:
+    if not row.get("error"):
+        return ""
+    own = row.get("cudnn_error")
+    return f"{row['error']:.1e}" + (f" ({own:.1e})" if own else "")
+
+
+def _markdown(lines: list[list[str]]) -> str:
+    lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def train_step_table(result: dict) -> str:
     """A line a model, pattern and setting."""
     head = "model, pattern, batch, dropout, remat, unroll, tokens/s, ms (5 % to 95 %)"
     head = [*head.split(", "), "MFU", "GB"]
-    lines = [head, ["---"] * len(head)]
+    lines = [head]
     for row in result["rows"]:
         line = [row["model"], f"`{row['pattern']}`", str(row["batch_size"])]
         line += [f"{row['dropout']:g}", row["remat"], str(row["unroll"])]
@@ -55,7 +189,7 @@ def train_step_table(result: dict) -> str:
             f"{row['memory_gb']:.1f}",
         ]
         lines.append(line)
-    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", _on(result)])
+    return f"{_markdown(lines)}\n\n{_on(result)}"
 
 
 def _on(result: dict) -> str:
@@ -66,25 +200,32 @@ def _on(result: dict) -> str:
     return f"On {result['hardware']} ({versions}){command}."
 
 
-def _times(row: dict | None) -> str:
+def _times(row: dict | None, batch: int = 1) -> str:
     if row is None:
         return ""
-    if row["fwd_ms"] is None:
+    if row["fwdbwd_ms"] is None:
         return row["note"]
-    return f"{row['fwd_ms']:.3g} / {row['fwdbwd_ms']:.3g}"
+    return f"{row['fwd_ms'] / batch:.3g} / {row['fwdbwd_ms'] / batch:.3g}"
 
 
 def tables() -> dict[str, str]:
     """Every table that there are results for, and that of the code."""
     made = {"support": support_table()}
-    for name, table in (
-        ("attention", attention_table),
-        ("train_step", train_step_table),
-    ):
-        path = RESULTS / f"{name}.json"
-        if path.exists():
-            made[name] = table(json.loads(path.read_text()))
+    if result := _result("attention"):
+        if "rows" in result:
+            made["attention"] = attention_table(result, _result("torch_attention"))
+        if "growth" in result:
+            made["growth"] = growth_table(result["growth"])
+        if "crossover" in result:
+            made["crossover"] = crossover_table(result["crossover"])
+    if result := _result("train_step"):
+        made["train_step"] = train_step_table(result)
     return made
+
+
+def _result(name: str) -> dict | None:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def fill(text: str, made: dict[str, str]) -> str:

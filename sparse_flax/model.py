@@ -48,12 +48,12 @@ START = 256  # the input before the first byte
 # What the backward pass of a block keeps besides its input; the rest is computed again.
 # `attention_out` and `attention_lse` are named inside of the fused kernels, which are
 # then not run again; plain attention (`gathered`) is.
-ATTENTION = ("qkv", "attention_out", "attention_lse", "residual")
+ATTENTION = ("qkv", "attention_out", "attention_lse", "residual", "norm")
 REMAT = {
     "none": None,  # keep everything, compute nothing again
     "full": (),
     "attention": ATTENTION,
-    "attention+mlp": (*ATTENTION, "mlp"),
+    "attention+mlp": (*ATTENTION, "mlp", "dropout"),
 }
 INITS = ("code", "paper")
 

@@ -1,37 +1,218 @@
 """The benchmarks' own code, on problems that a CPU does in seconds."""
 
+import argparse
 import json
+import shlex
+import sys
+import time
 
 import pytest
 
-from benchmarks import attention, tables
+from benchmarks import attention, attention_cases, figures, processes, tables
 from sparse_flax.attention import Dense, Local
 
 
-def test_attention_rows_and_table(monkeypatch, tmp_path, capsys):
-    tiny = {"enwik8": ((1, 64, 2, 8, 8), [Local(8)])}
-    monkeypatch.setattr(attention, "CASES", tiny)
-    out = tmp_path / "rows.json"
-    attention.one_process(["enwik8"], 1, str(out))
-    assert "1/1 | enwik8 Local(window=8) gathered" in capsys.readouterr().out
-    (row,) = json.loads(out.read_text())
+def test_attention_rows_go_on_and_make_a_table(monkeypatch, tmp_path, capsys):
+    tiny = {"enwik8": ((2, 64, 2, 8, 8), [Local(8)])}
+    monkeypatch.setattr(attention_cases, "CASES", tiny)
+    monkeypatch.setattr(attention_cases, "CROSSOVER_T", (16,))
+    monkeypatch.setattr(attention_cases, "CROSSOVER_TOKENS", 32)
+    options = argparse.Namespace(sections=["cases"], cases=["enwik8"], cache=tmp_path)
+    options.implementations = attention_cases.WAYS
+    out = tmp_path / "attention.json"
+
+    def run(number, left=100):
+        options.number, options.deadline = number, time.time() + left
+        options.record = processes.record_path(out, number)
+        status = attention.one_process(options)
+        return status, processes.Record(options.record), capsys.readouterr().out
+
+    status, record, text = run(0, left=-1)
+    assert status == processes.OUT_OF_TIME and not record.rows
+    status, record, text = run(0)
+    assert status == 0 and "1/1 | cases enwik8 Local(window=8) gathered" in text
+    (row,) = record.rows.values()
     assert 0 < row["fwd_ms"] and 0 < row["fwdbwd_ms"] and 1e-4 < row["error"] < 1e-2
-    others = [{**row, "fwd_ms": 1.0}, {**row, "fwd_ms": 3.0}, {**row, "fwd_ms": 2.0}]
-    rows = attention.combine([[x] for x in others])
-    assert rows[0]["fwd_ms"] == 2.0
-    result = {"hardware": "1 x it", "versions": {"jax": "9"}, "processes": 3}
-    table = tables.attention_table(result | {"rows": rows})
-    assert f"| enwik8 | `Local(window=8)` | 2 / {row['fwdbwd_ms']:.3g} |" in table
-    assert table.endswith("medians of 3 processes. On 1 x it (jax 9).")
+    # What is measured is kept, and the next process takes the executables over.
+    assert run(0)[1].rows == record.rows
+
+    def attend(*args):
+        raise AssertionError("traced again")
+
+    monkeypatch.setattr(attention.programs, "attend", attend)
+    status, second, text = run(1)
+    assert status == 0 and second.rows.keys() == record.rows.keys()
+    options.sections = ["crossover"]
+    assert run(1)[2] == ""  # is measured by the first alone
+
+    options.implementations = ["hopper"]
+    assert run(2)[2] == ""
+
+    old = {**row, "implementation": "hopper"}
+    before = {**record.about, "command": "python a", "rows": [row, old], "growth": 1}
+    result = attention.merge(before, [record, second], "python it")
+    kept, merged = result["rows"]
+    assert kept == old and result["command"] == "python a; python it"
+    before["versions"] = "others"
+    result = attention.merge(before, [record, second], "python it")
+    assert result["rows"] == [merged]
+    assert merged["error"] == row["error"] and merged["processes"] == 2
+    assert result["growth"] == 1 and result["command"] == "python it"
+    table = tables.attention_table(result)
+    assert f"| enwik8 | `Local(window=8)` | {merged['fwd_ms']:.3g} / " in table
+    assert "Medians of 2 processes." in table
 
 
-def test_a_gpu_is_asked_for_every_implementation_and_dense_cudnn():
-    named = {name for _, _, name in attention.todo(["enwik8"], "NVIDIA H200")}
-    assert {"gathered", attention.CUDNN} <= named and "reference" not in named
-    assert attention.CUDNN not in {name for *_, name in attention.todo(["long"], "cpu")}
-    # cuDNN takes no values wider than its keys.
-    half = attention.todo(["cifar10_half"], "NVIDIA H200")
-    assert Dense() not in [pattern for _, pattern, _ in half]
+KEYS = ["fine", "dies", "hangs", "late", "last"]
+CHILD = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[3])
+from benchmarks.processes import Record, OUT_OF_TIME
+record = Record(Path(sys.argv[1]), {"versions": 1})
+for key in sys.argv[4:]:
+    if key not in record.rows:
+        record.begin(key, {"case": key})
+        if key == "dies": sys.exit(3)
+        if key == "hangs": time.sleep(60)
+        if key == "late" and not Path(sys.argv[2]).exists():
+            Path(sys.argv[2]).touch()
+            sys.exit(OUT_OF_TIME)
+        record.add(key, {"case": key, "fwd_ms": 1.0, "fwdbwd_ms": 2.0})
+"""
+
+
+def test_processes_survive_a_row_that_dies_hangs_or_is_cut(tmp_path, capsys):
+    out, mark = tmp_path / "it.json", tmp_path / "mark"
+
+    def command(number, record):
+        root = str(attention.ROOT)
+        return [sys.executable, "-c", CHILD, str(record), str(mark), root, *KEYS]
+
+    records, missing = processes.measure_all(command, out, 2, 2.0)
+    assert missing == "out of time" and len(records) == 1
+    with pytest.raises(SystemExit):
+        processes.finish(out, {}, missing, 2)
+    assert processes.record_path(out, 0).exists()
+    records, missing = processes.measure_all(command, out, 1, 2.0)
+    (record,) = records
+    assert not missing and list(record.rows) == KEYS
+    assert record.rows["dies"] == {"case": "dies", "note": "failed"}
+    assert record.rows["hangs"] == {"case": "hangs", "note": "too slow"}
+    processes.finish(out, {"rows": 1}, missing, 2)
+    assert json.loads(out.read_text()) == {"rows": 1}
+    assert not processes.record_path(out, 0).exists()
+
+
+def test_records_of_other_versions_are_left(tmp_path):
+    processes.Record(tmp_path / "it", {"versions": 1}).add("a", {"fwd_ms": 1.0})
+    assert list(processes.Record(tmp_path / "it", {"versions": 1}).rows) == ["a"]
+    assert not processes.Record(tmp_path / "it", {"versions": 2}).rows
+
+
+def test_a_result_names_no_place_of_its_machine(monkeypatch):
+    words = "benchmarks/it.py --out /tmp/it.json --cases 'a b' --minutes 9"
+    monkeypatch.setattr(sys, "argv", shlex.split(words))
+    assert processes.command_line() == "python benchmarks/it.py --cases 'a b'"
+
+
+def test_medians_over_processes():
+    rows = [{"case": "a", "fwd_ms": x, "fwdbwd_ms": 2 * x} for x in (3.0, 1.0, 2.0)]
+    rows[0]["error"] = 0.5  # the first alone looks
+    failed = {"case": "a", "note": "failed"}
+    (row,) = processes.combine([{"k": row} for row in [*rows, failed]])
+    assert row == {
+        "case": "a",
+        "fwd_ms": 2.0,
+        "fwdbwd_ms": 4.0,
+        "error": 0.5,
+        "processes": 3,
+        "spread": {"fwd_ms": [1.0, 3.0], "fwdbwd_ms": [2.0, 6.0]},
+    }
+    (row,) = processes.combine([{"k": failed}])
+    assert row["note"] == "failed" and row["fwd_ms"] is None
+
+
+def test_what_a_gpu_is_asked_for():
+    def todo(*sections, cases=("enwik8",)):
+        return attention_cases.todo(sections, cases, "NVIDIA H200")
+
+    names = [task.implementation for task in todo("cases")]
+    assert {"gathered", attention_cases.CUDNN} <= set(names)
+    assert "reference" not in names
+    first = names.index("gathered")
+    assert set(names[first:]) == {"gathered"}  # last, since XLA tunes it for long
+    # cuDNN takes no values wider than its keys, and a million tokens take seconds.
+    for case in ("cifar10_half", "long"):
+        assert Dense() not in [t.pattern for t in todo("cases", cases=[case])]
+    for section in ("growth", "crossover"):
+        tasks = todo(section)
+        assert len({task.key for task in tasks}) == len(tasks)
+        assert all(task.section == section for task in tasks)
+    sides = {t.shape[1]: t.pattern.stride for t in todo("growth") if "S" in t.key}
+    assert sides[4096] == 64 and sides[2**20] == 1024
+
+
+def rows_of(pattern, T, fwd_ms, fwdbwd_ms, batch=1):
+    return {
+        "case": f"T={T}",
+        "shape_BTHKV": [batch, T, 8, 64, 64],
+        "pattern": pattern,
+        "implementation": "hopper",
+        "fwd_ms": fwd_ms,
+        "fwdbwd_ms": fwdbwd_ms,
+        "memory_gb": 1.25,
+        "processes": 3,
+    }
+
+
+def test_growth_table_and_figure():
+    rows = [
+        rows_of("Strided(stride=64)", 4096, 8.0, 16.0, batch=4),
+        rows_of("Dense()", 4096, 3.0, 9.0),
+        rows_of("Strided(stride=128)", 16384, 16.0, 16.0),
+    ]
+    result = {"hardware": "it", "versions": {"jax": "9"}, "rows": rows}
+    table = tables.growth_table(result)
+    assert "| 4,096 | `Strided(stride=64)` | hopper | 4 | 2 / 4 |  | 1.2 | 3 / 9 |" in (
+        table
+    )
+    assert "| hopper | 1 | 16 / 16 | 1.50 / 1.00 | 1.2 |  |" in table
+    assert "over all 1.50 / 1.00. Medians of 3" in table
+    (axes,) = figures.growth(result).axes
+    assert [list(line.get_ydata()) for line in axes.lines] == [
+        [4.0, 16.0],
+        [2.0, 16.0],
+        [9.0],
+        [3.0],
+    ]
+
+
+def test_crossover_is_the_first_t_from_which_on_it_is_faster():
+    rows = []
+    for T, ours in ((256, 0.5), (512, 2.0), (1024, 0.5), (2048, 0.4)):
+        rows += [rows_of("Dense()", T, 1.0, 1.0)]
+        rows += [rows_of(f"Local(window={T})", T, ours, 2.0)]
+    result = {"hardware": "it", "versions": "jax 9", "rows": rows}
+    table = tables.crossover_table(result)
+    assert "| `Local` | 2 / 0.5 | 0.5 / 0.5 | 2 / 0.5 | 2.5 / 0.5 | 1024 / none |" in (
+        table
+    )
+
+
+def test_peers_stand_beside_ours():
+    ours = rows_of("Strided(stride=128)", 1, 0.3, 1.0) | {"case": "enwik8"}
+    dense = rows_of("Dense()", 1, 3.0, 10.0) | {"implementation": "dense cuDNN"}
+    ours |= {"error": 2.5e-3, "cudnn_error": 2.6e-3}
+    flex = {**ours, "implementation": "torch B", "fwd_ms": 0.8, "fwdbwd_ms": 2.5}
+    slow = {**flex, "implementation": "torch A", "fwdbwd_ms": 3.0}
+    about = {"hardware": "it", "versions": {"jax": "9"}}
+    result = about | {"rows": [ours, dense | {"case": "enwik8"}]}
+    table = tables.attention_table(result, about | {"rows": [slow, flex]})
+    assert (
+        "| `Strided(stride=128)` | 0.3 / 1 | 3 / 10 | 0.8 / 2.5 | 2.5e-03 (2.6e-03) |"
+    ) in table
+    assert "PyTorch is the fastest of A, B. Medians of 3 processes." in table
 
 
 def test_train_step_table():

@@ -16,6 +16,8 @@ This package imports nothing else of sparse_flax, and no flax.
     union.py       merge: attention over a union of disjoint key sets
     reference.py   implementation: dense masked softmax in float32
     gathered.py    implementation: blocks and views in plain XLA, any device
+    cudnn.py       implementation: calls of cuDNN, NVIDIA GPUs from Ampere on
+    cudnn_calls.py what cuDNN computes, through what jax keeps private
     hopper/        implementation: kernels for NVIDIA's H100 and H200
 """
 
@@ -25,6 +27,7 @@ from sparse_flax.attention.dispatch import (
     Explanation,
     explain,
     sparse_attention,
+    target_device_kind,
 )
 from sparse_flax.attention.parse import parse
 from sparse_flax.attention.patterns import (
@@ -59,4 +62,5 @@ __all__ = [
     "parse",
     "sparse_attention",
     "support_table",
+    "target_device_kind",
 ]

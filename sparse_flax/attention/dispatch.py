@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from sparse_flax.attention import gathered, hopper, reference
+from sparse_flax.attention import cudnn, gathered, hopper, reference
 from sparse_flax.attention.patterns import Pattern
 
 # Fastest first: where none is named, the first that runs on the device and supports
@@ -23,6 +23,7 @@ from sparse_flax.attention.patterns import Pattern
 #   attend(q, k, v, pattern, scale): out
 IMPLEMENTATIONS: dict[str, ModuleType] = {
     "hopper": hopper,
+    "cudnn": cudnn,
     "gathered": gathered,
     "reference": reference,
 }
@@ -49,10 +50,11 @@ def sparse_attention(
       pattern: who sees whom. Patterns belong to query heads by global index.
       scale: multiplies q.k; 1/sqrt(K) by default.
       implementation: 'hopper' (kernels for an H100 or H200, reverse mode only),
-        'gathered' (any device, differentiable to any order) or 'reference' (dense,
-        float32). None picks the fastest that supports the call on the device it is
-        traced for: the mesh's, else the default one. One named here is used or
-        refused, never replaced.
+        'cudnn' (NVIDIA GPUs from Ampere on, reverse mode only), 'gathered' (any
+        device, differentiable to any order) or 'reference' (dense, float32). None
+        picks the fastest that supports the call on the device it is traced for: the
+        mesh's, else the default one. One named here is used or refused, never
+        replaced.
 
     Returns:
       out_BTHV [B, T, H, V] in v's dtype. Softmax and sums are in float32.
@@ -67,7 +69,9 @@ def sparse_attention(
     """
     _check(q_BTHK, k_BTHK, v_BTHV, pattern)
     scale = float(q_BTHK.shape[-1] ** -0.5 if scale is None else scale)
-    choice = _pick(implementation, _device_kind(), pattern, q_BTHK, k_BTHK, v_BTHV)
+    choice = _pick(
+        implementation, target_device_kind(), pattern, q_BTHK, k_BTHK, v_BTHV
+    )
     if choice.passed_over:
         _warn_once(f"{pattern} runs {choice.name}, since {choice.passed_over}")
     attend = functools.partial(
@@ -125,7 +129,7 @@ def explain(
     """
     q, k, v = (_as_struct(x) for x in (q, k, v))
     _check(q, k, v, pattern)
-    device_kind = device_kind or _device_kind()
+    device_kind = device_kind or target_device_kind()
     choice = _pick(implementation, device_kind, pattern, q, k, v)
     (B, T, H, K), V = q.shape, v.shape[-1]
     period = pattern.head_period
@@ -188,8 +192,8 @@ def _pick(
     return _Choice(implementation, "named by the caller")
 
 
-def _device_kind() -> str:
-    """What the call is compiled for, as far as it can be known while tracing."""
+def target_device_kind() -> str:
+    """Return the device kind that is compiled for: the mesh's, else the default."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is None:
         device = jax.config.jax_default_device

@@ -43,7 +43,8 @@ CASES = [
 def support_table() -> str:
     """Return a Markdown table: which implementation takes which call, and why not.
 
-    Devices are left out: 'hopper' needs an H100 or H200, the others run anywhere.
+    Devices are left out: 'hopper' needs an H100 or H200, 'cudnn' an NVIDIA GPU from
+    Ampere on, the others run anywhere.
     """
     head = ["pattern", "B, T, H (key heads), K, V", "dtype", *IMPLEMENTATIONS]
     rows, notes = [], []

@@ -1,0 +1,264 @@
+"""NVIDIA from Ampere on: the parts of a pattern as calls of cuDNN's flash attention.
+
+Every part becomes one or more "pieces": a re-layout of q, k and v around attention that
+cuDNN knows (causal, a causal window, no mask). Nothing but pairs that are seen is
+computed, up to cuDNN's own tiles and to padding of the last block.
+
+    part       pieces
+    All        causal on (B, T, H, K)
+    Band       causal with a window on (B, T, H, K)
+    Columns    causal on (B, R, S*H, K); strict: rows 1.. against rows ..R-1 (`_shift`)
+    OwnBlock   causal on (B*R, S, H, K)
+    Summaries  no mask, on log2(R) levels of a tree of blocks (`_level`)
+    Self       plain JAX
+
+Backward, every piece gets the merged (out, log-sum-exp) and the gradients add up:
+exact, since a probability of the union is exp(logit - lse of the union) in each.
+Reverse mode only. cuDNN adds up dq in no fixed order, so gradients may differ in the
+last bits from run to run. bfloat16 and float16, with softmax and sums in float32.
+
+Compiled for Hopper; not run on any GPU yet, see tests/test_gpu_cudnn.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparse_flax.attention import heads, parts, union
+from sparse_flax.attention.cudnn_calls import (
+    CUDNN,
+    OLDEST_JAX,
+    SELF,
+    TOO_NEW_JAX,
+    Core,
+)
+from sparse_flax.attention.hopper.layouts import fit, kept, over_batch, up
+from sparse_flax.attention.parts import Part
+from sparse_flax.attention.patterns import Pattern
+
+DTYPES = ("bfloat16", "float16")
+WIDEST_HEAD = 128  # on Ampere; `supports` does not know the device
+# Of a CUDA grid along its second and third axis; assumed to be where cuDNN puts them.
+MOST_BLOCKS = 65535
+# Every NVIDIA GPU is from Ampere on, but for these. The old names are a closed list;
+# that of the new ones grows, so a name nobody has heard of is taken for a new one.
+NVIDIA = re.compile(r"\b(NVIDIA|Tesla|Quadro|GeForce)\b")
+BEFORE_AMPERE = re.compile(
+    r"Tesla|Quadro|TITAN|\bGTX|\bRTX 20[678]0|\bMX\d|\bGT \d"
+    r"|\b(GV100|GP100|V100S?|[KMP]\d+[a-zA-Z]*|T\d+[a-zA-Z]*)\b"
+)
+
+
+def runs_on(device_kind: str) -> str | None:
+    """Return None on an NVIDIA GPU from Ampere on, else a sentence: what this is."""
+    if NVIDIA.search(device_kind) and not BEFORE_AMPERE.search(device_kind):
+        return None
+    return (
+        "cudnn needs an NVIDIA GPU of compute capability 8 or newer (A100, RTX 3090, "
+        f"L4, H100), and this is {device_kind}"
+    )
+
+
+def supports(pattern: Pattern, q: Any, k: Any, v: Any) -> str | None:
+    """Return None, or the sentence that says why not.
+
+    Args:
+      pattern: any.
+      q, k, v: anything with the shape and dtype of arrays that fit `sparse_attention`.
+    """
+    if not OLDEST_JAX <= jax.__version_info__ < TOO_NEW_JAX:
+        oldest, too_new = (".".join(map(str, x)) for x in (OLDEST_JAX, TOO_NEW_JAX))
+        return (
+            f"cudnn needs a jax from {oldest} to before {too_new}, whose private calls "
+            f"it knows, and this is {jax.__version__}"
+        )
+    if np.dtype(q.dtype).name not in DTYPES:
+        return (
+            f"cudnn computes {' and '.join(DTYPES)}, not {q.dtype}; try q, k and v in "
+            "bfloat16"
+        )
+    widest = max(q.shape[3], v.shape[3])
+    if widest > WIDEST_HEAD:
+        return f"cudnn takes heads up to {WIDEST_HEAD} wide, not {widest}"
+    for head in range(min(q.shape[2], pattern.head_period)):
+        for part in pattern.parts(head):
+            if isinstance(part, parts.Summaries) and part.width == 1:
+                return "cudnn takes summaries of 2 tokens or more, not 1; try 2"
+            if why := _too_many(part, *q.shape[:3]):
+                return why
+    return None
+
+
+def _too_many(part: Part, B: int, T: int, H: int) -> str | None:
+    if isinstance(part, parts.Columns):
+        H *= part.stride
+    elif isinstance(part, parts.OwnBlock | parts.Summaries):
+        B *= -(-T // part.size)
+    if max(B, H) <= MOST_BLOCKS:
+        return None
+    return (
+        f"cudnn gets {B} sequences of {H} heads to see as {part}, and takes up to "
+        f"{MOST_BLOCKS} of either; try fewer sequences or heads at a time"
+    )
+
+
+# ---- Pieces ------------------------------------------------------------------------
+
+Fold = Callable[[jax.Array], jax.Array]
+
+
+class Piece(NamedTuple):
+    """A re-layout around one call. Queries that `fold_q` leaves out see nothing."""
+
+    fold_q: Fold
+    fold_kv: Fold
+    causal: bool = True
+    window: int | None = None
+
+
+def _pieces(some_parts: Sequence[Part], T: int) -> Iterator[Piece]:
+    """Split disjoint parts into disjoint pieces."""
+    for part in some_parts:
+        if isinstance(part, parts.Summaries):
+            blocks = -(-T // part.size)
+            for level in range((blocks - 1).bit_length()):
+                yield _level(part, 1 << level, blocks)
+        elif isinstance(part, parts.Columns) and part.strict:
+            if T > part.stride:
+                yield _shift(part)
+        elif isinstance(part, parts.Band | parts.Self):
+            window = 1 if isinstance(part, parts.Self) else part.width
+            yield Piece(part.fold_q, part.fold_kv, window=window)
+        else:
+            yield Piece(part.fold_q, part.fold_kv)
+
+
+def _shift(part: parts.Columns) -> Piece:
+    """Strictly causal: each row of queries against the rows of keys before its own.
+
+    cuDNN's causal mask holds the diagonal, which the band holds too. To take it out of
+    the result again would cost bits where a query looks mostly at itself; without it
+    from the start the sum is as exact as a single call. The slices are copies.
+    """
+    return Piece(lambda x: part.fold_q(x)[:, 1:], lambda x: part.fold_kv(x)[:, :-1])
+
+
+def _level(part: parts.Summaries, half: int, blocks: int) -> Piece:
+    """Of every 2 * half blocks, the later half's queries and the earlier half's keys.
+
+    Block i sees block j < i at the level of the highest bit in which i and j differ,
+    and at no other, so levels 1, 2, 4, ... need no mask and compute no pair twice.
+    """
+    groups = up(blocks - half, 2 * half) // (2 * half)  # those with a later half
+    # Where one group is left, padding its later half could double the work.
+    last = min(blocks, 2 * half) if groups == 1 else 2 * half
+
+    def split(x, size, first, last):
+        x = fit(x[:, : groups * 2 * half * size], groups * 2 * half * size, 1)
+        x = x.reshape(-1, 2 * half * size, *x.shape[2:])
+        return x[:, first * size : last * size]
+
+    return Piece(
+        lambda x: split(x, part.size, half, last),
+        lambda x: split(part.fold_kv(x), part.width, 0, half),
+        causal=False,
+    )
+
+
+# ---- Their union -------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Union:
+    """What is attended to, and what computes it."""
+
+    parts: tuple[Part, ...]
+    scale: float
+    core: Core
+
+    def calls(self, q) -> Iterator[tuple[Piece, Core, tuple]]:
+        """Each piece with its core and the core's last arguments."""
+        for piece in _pieces(self.parts, q.shape[1]):
+            rows = jax.eval_shape(piece.fold_q, q).shape[1]
+            keys = min(rows, piece.window or rows)
+            core = SELF if piece.causal and keys == 1 else self.core
+            window = keys if keys < rows else None
+            yield piece, core, (self.scale, piece.causal, window)
+
+
+def attend(
+    q_BTHK: jax.Array,
+    k_BTHK: jax.Array,
+    v_BTHV: jax.Array,
+    pattern: Pattern,
+    scale: float,
+    core: Core = CUDNN,
+) -> jax.Array:
+    """Return out_BTHV in v's dtype; another `core` runs it on a CPU, for tests."""
+    V = v_BTHV.shape[3]
+    # Zeros behind the last column change no product. Ampere wants one width.
+    width = up(max(q_BTHK.shape[3], V), 8)
+
+    def run(q, k, v, head):
+        args = (fit(x, width, 3) for x in (q, k, v))
+        return _attend(Union(pattern.parts(head), scale, core), *args)[..., :V]
+
+    return heads.by_period(run, q_BTHK, k_BTHK, v_BTHV, pattern.head_period)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(what: Union, q, k, v):
+    return over_batch(functools.partial(_forward, what), q, k, v)[0]
+
+
+def _attend_forward(what, q, k, v):
+    out, lse = kept(*over_batch(functools.partial(_forward, what), q, k, v))
+    return out, (q, k, v, out, lse)
+
+
+def _attend_backward(what, residuals, d_out):
+    return over_batch(functools.partial(_backward, what), *residuals, d_out)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _forward(what: Union, q, k, v):
+    """Return (out_BTHW, lse_BTH) of the union."""
+    done = []
+    for piece, core, args in what.calls(q):
+        # Folds are linear and only move numbers, so their transpose unfolds.
+        folded, unfold = jax.vjp(piece.fold_q, q)
+        out, lse = core.forward(folded, piece.fold_kv(k), piece.fold_kv(v), *args)
+        done.append((unfold(out)[0].astype(jnp.float32), _unfold_lse(piece, q, lse)))
+    out, lse = union.merge_all(done)
+    return out.astype(v.dtype), lse
+
+
+def _unfold_lse(piece: Piece, q, lse):
+    """Put lse at its queries and -inf at those that the piece leaves out."""
+    _, unfold = jax.vjp(piece.fold_q, q[..., :1].astype(jnp.float32))
+    lse, seen = (unfold(x[..., None])[0][..., 0] for x in (lse, jnp.ones_like(lse)))
+    return jnp.where(seen > 0, lse, -jnp.inf)
+
+
+def _backward(what: Union, q, k, v, out, lse, d_out):
+    """Return (dq, dk, dv), given what `_forward` returned."""
+    total = [0.0, 0.0, 0.0]
+    for piece, core, args in what.calls(q):
+        folds = piece.fold_q, piece.fold_kv, piece.fold_kv
+        folded = [jax.vjp(f, x) for f, x in zip(folds, (q, k, v), strict=True)]
+        lse_piece = piece.fold_q(lse[..., None])[..., 0]
+        rest = piece.fold_q(out), lse_piece, piece.fold_q(d_out)
+        grads = core.backward(*(x for x, _ in folded), *rest, *args)
+        for i, ((x, unfold), grad) in enumerate(zip(folded, grads, strict=True)):
+            total[i] += unfold(grad.astype(x.dtype))[0].astype(jnp.float32)
+    return tuple(x.astype(q.dtype) for x in total)
