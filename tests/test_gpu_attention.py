@@ -27,6 +27,7 @@ WIDE = (2, 3072, 2, 2, 128, 128)
 HALF = (2, 3072, 2, 2, 64, 128)
 NARROW = (2, 3072, 2, 2, 32, 32)
 ODD = (2, 3070, 4, 2, 64, 64)  # grouped queries, and padding
+NARROW_ODD = (2, 3070, 4, 2, 32, 32)
 
 CASES = [
     (Strided(32), SHAPE, "bfloat16"),  # 96 rows: tiles overlap
@@ -43,8 +44,25 @@ CASES = [
     (Local(256), WIDE, "bfloat16"),
     (Strided(96), HALF, "bfloat16"),
     (Strided(128), NARROW, "bfloat16"),
+    (Strided(32), NARROW, "float16"),  # 96 rows
+    (Strided(192), NARROW, "bfloat16"),  # 16 rows; the ring
+    (Columns(128), NARROW, "bfloat16"),  # 24 rows
+    (Columns(17), NARROW_ODD, "bfloat16"),  # 181 rows: backward, they walk
+    (Fixed(128, 32, rotate=True), NARROW, "bfloat16"),
     (Strided(60), ODD, "bfloat16"),  # 52 rows, padded to 56
     (Columns(17), ODD, "bfloat16"),  # 181 rows, padded to 192
+    (Columns(6), SHAPE, "bfloat16"),  # 512 rows: they walk through a ring
+    (Columns(5), ODD, "float16"),  # 614 rows, padded to 640
+    (Columns(8), NARROW_ODD, "bfloat16"),  # 384 rows
+    (Columns(12), WIDE, "bfloat16"),  # 256 rows
+    (Columns(12), HALF, "bfloat16"),
+    (Local(1024), SHAPE, "bfloat16"),
+    (Local(1000), ODD, "float16"),
+    (Local(700), WIDE, "bfloat16"),
+    (Local(600), NARROW, "bfloat16"),
+    (Strided(3), SHAPE, "bfloat16"),  # 1024 rows
+    (Strided(1), ODD, "bfloat16"),  # both halves walk: 3070 rows, a window of 1
+    (Strided(2048), ODD, "bfloat16"),  # 2 rows; only the window walks
     (PerHead((Local(64), Columns(64))), ODD, "bfloat16"),
     (Fixed(128, 32), SHAPE, "bfloat16"),
     (Fixed(128, 32, rotate=True), ODD, "bfloat16"),

@@ -75,6 +75,18 @@ def assert_equals_the_reference(run, pattern, args):
         (Local(130), (1, 192, 1, 1, 32, 32), "bfloat16"),  # ring; narrow heads
         (Strided(4), (1, 64, 2, 1, 128, 128), "bfloat16"),  # packed, two warpgroups
         (Strided(5), (1, 118, 1, 1, 64, 64), "bfloat16"),  # 24 rows, zeros, padding
+        (Columns(2), (1, 128, 1, 1, 32, 32), "bfloat16"),  # narrow heads
+        (Columns(1), (1, 270, 1, 1, 32, 32), "float16"),  # too long for a block
+        (Local(520), (1, 576, 1, 1, 64, 64), "bfloat16"),  # too wide for one
+        (Strided(1), (1, 270, 1, 1, 32, 64), "bfloat16"),  # both halves walk
+        pytest.param(
+            *(Columns(1), (1, 192, 2, 1, 128, 128), "bfloat16"),  # walks, wide heads
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *(Strided(8), (1, 4, 1, 1, 64, 64), "bfloat16"),  # columns of one token
+            marks=pytest.mark.slow,
+        ),
         pytest.param(  # the ring adds to the columns' gradients
             *(Strided(130), (1, 1041, 1, 1, 64, 64), "bfloat16"),
             marks=pytest.mark.slow,
@@ -212,12 +224,6 @@ def test_the_fastest_is_picked_and_what_falls_back_says_so_once():
     [
         (Strided(128), (1, 1024, 2, 64), "float32", "in bfloat16"),
         (Strided(128), (1, 1024, 2, 256), "bfloat16", "up to 128 wide, not 256"),
-        (Columns(64), (1, 65536, 2, 64), "bfloat16", "make 1024: try stride 256"),
-        (Columns(64), (1, 12288, 2, 128), "bfloat16", "8 to 128 rows"),
-        (Strided(700), (1, 16384, 2, 64), "bfloat16", "not 700; try 512"),
-        (Local(1), (1, 1024, 2, 64), "bfloat16", "not 1; try 2"),
-        (Strided(8), (1, 4, 2, 64), "bfloat16", "8 tokens or more, not 4"),
-        (Local(128), (1, 1, 2, 64), "bfloat16", "8 tokens or more, not 1"),
         (
             PerHead((Local(8), Dense())),
             (1, 64, 2, 64),
@@ -234,6 +240,32 @@ def test_what_is_refused_by_name_says_why(pattern, shape, dtype, says):
     assert says in str(error.value) and "\n" not in str(error.value)
     told = explain(pattern, q, q, q, device_kind=H200)
     assert told.implementation != "hopper" and says in told.reason
+
+
+@needs_new_jax
+@pytest.mark.parametrize(
+    ("pattern", "shape"),
+    [
+        (Columns(64), (1, 65536, 2, 64)),
+        (Columns(64), (1, 12288, 2, 128)),
+        (Strided(700), (1, 16384, 2, 64)),
+        (Strided(1024), (1, 2**20, 8, 64)),
+        (Local(1), (1, 1024, 2, 64)),
+        (Strided(8), (1, 4, 2, 64)),
+        (Columns(8), (1, 1, 2, 96)),
+    ],
+    ids=str,
+)
+def test_no_length_is_too_long_or_short(pattern, shape):
+    q = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    assert explain(pattern, q, q, q, device_kind=H200).implementation == "hopper"
+
+    def call(q, k, v, d_out):
+        run = functools.partial(hopper.attend, pattern=pattern, scale=0.125)
+        return jax.vjp(run, q, k, v)[1](d_out)
+
+    for gradient in jax.eval_shape(call, q, q, q, q):
+        assert gradient.shape == shape
 
 
 def test_other_devices_and_older_versions():

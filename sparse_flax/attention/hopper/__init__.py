@@ -5,16 +5,21 @@ and sums in float32. Needs jax 0.11 or newer; nothing of Pallas is imported befo
 first call.
 
     strided.py           columns, the band, or both under one softmax
-    columns.py           a whole column on chip
+    columns.py           a whole column on chip, up to 256 rows
     columns_backward.py  its gradient, up to 128 rows
     long_columns.py      its gradient, up to 256 rows
     band.py              the last `window` keys, and the gradient up to 128
     band_ring.py         the gradient for wider windows
+    span_forward.py      longer columns and wider windows: keys stream through a ring
+    span_backward.py     their gradient
+    spans.py             which keys they see, and the walk of a block over them
     fixed.py             own blocks, summaries of earlier ones, or both
     fixed_forward.py     their kernel
     fixed_backward.py    its gradient: of the summaries, then of the blocks
-    fixed_walk.py        the walk over the summaries, through a ring of buffers
-    tiles.py             what the kernels share
+    fixed_walk.py        the walk over the summaries
+    ring.py              the ring of buffers that all walks go through
+    steps.py             what one tile adds on a walk
+    tiles.py             what all kernels share
     layouts.py           what stands around them: padding, vmap, names of results
 """
 

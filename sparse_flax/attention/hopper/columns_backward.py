@@ -38,7 +38,7 @@ def backward(
     rows, pack = packing.tile_rows, packing.pack
     each = tiles.tiles_of(rows)
     pairs = [(a, t) for a in range(len(each)) for t in range(a, len(each))]
-    shared = _shares_memory(rows, V)
+    shared = _shares_memory(rows, K, V)
 
     def body(*refs):
         q, k, v, out, lse, d_out, dq, dk, dv, delta, qs, ks, vs, dos, dss, *rest = refs
@@ -146,7 +146,7 @@ def backward(
         ),
         scratch=[
             *(wide, wide, value, value),
-            tiles.swizzled((len(pairs) * M, M), dtype),
+            tiles.swizzled((len(pairs) * M, M), dtype, beside=K),
             *(() if shared else (value,)),
             *(row_values, row_values),
             plgpu.Barrier(num_arrivals=2 * pack + 1),
@@ -159,7 +159,7 @@ def backward(
     return dq, dk, dv, packing.unfold_rows(delta)
 
 
-def _shares_memory(rows: int, values_width: int) -> bool:
+def _shares_memory(rows: int, K: int, V: int) -> bool:
     """Whether out fits where dS will be: it is dead before the first dS is made."""
     n = len(tiles.tiles_of(rows))
-    return values_width == M and rows <= n * (n + 1) // 2 * M
+    return V == M and K != tiles.NARROW and rows <= n * (n + 1) // 2 * M

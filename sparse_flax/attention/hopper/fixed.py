@@ -15,9 +15,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sparse_flax.attention.hopper import fixed_backward, fixed_forward
-from sparse_flax.attention.hopper.fixed_walk import Cut, Walk
-from sparse_flax.attention.hopper.layouts import fit, kept, over_batch, sum_groups, up
+from sparse_flax.attention.hopper import fixed_backward, fixed_forward, tiles
+from sparse_flax.attention.hopper.fixed_walk import Walk
+from sparse_flax.attention.hopper.layouts import (
+    fit,
+    kept,
+    over_batch,
+    positive,
+    sum_groups,
+    up,
+)
+from sparse_flax.attention.hopper.ring import Cut
 from sparse_flax.attention.hopper.tiles import M
 from sparse_flax.attention.patterns import Blocks, Pattern, Summaries
 
@@ -53,8 +61,7 @@ def attend(
     `interpret` runs the kernels on a CPU, for tests.
     """
     T, V = q_BTHK.shape[1], v_BTHV.shape[3]
-    if scale <= 0:  # the kernels hide scores, and take the largest, before they scale
-        q_BTHK, scale = q_BTHK * (-1.0 if scale else 0.0), -scale or 1.0
+    scale, q_BTHK = positive(scale, q_BTHK)
     plan = FixedPlan.of(pattern, max(q_BTHK.shape[3], V), scale, interpret)
     # Zeros behind the last column change no product, and no real query sees the keys
     # behind the last token.
@@ -91,7 +98,7 @@ class FixedPlan:
             getattr(pattern, "rotate", False),
             self_only=isinstance(pattern, Summaries),
         )
-        width = up(width, M)
+        width = tiles.width_of(width)
         if width > M:
             forward, summaries, blocks = Cut(2, 64, 2, 1), Cut(2), Cut(2, 64, 2, 1)
         else:

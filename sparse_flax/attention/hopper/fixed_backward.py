@@ -16,8 +16,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from sparse_flax.attention.hopper import tiles
-from sparse_flax.attention.hopper.fixed_walk import Cut, Walk, copy_summaries, ring
+from sparse_flax.attention.hopper import steps, tiles
+from sparse_flax.attention.hopper.fixed_walk import Walk, copy_summaries
+from sparse_flax.attention.hopper.ring import Cut, ring
 from sparse_flax.attention.hopper.tiles import LAYOUT, LOG2E, M
 
 
@@ -88,7 +89,7 @@ def summary_gradients(
                     seen = lax.div(begin + j, per_block) * C - mine
                     return jnp.where(tiles.positions(s, 0) < seen, s, -jnp.inf)
 
-                return _add_key_gradients(
+                return steps.add_key_gradients(
                     sums,
                     (keys, values),
                     tuple(x.at[buffer] for x in (qs, d_outs, lses, deltas)),
@@ -135,30 +136,6 @@ def summary_gradients(
         threads=W,
         interpret=interpret,
     )(q_BTHK, k_BTHK, v_BTHK, d_out_BTHK, lse_BHT, delta_BHT)
-
-
-def _add_key_gradients(sums, own, others, mask, factor, dtype, interpret):
-    """Add to (dk / scale, dv) of the own keys what a tile of queries gives."""
-    queries, d_out, lse, delta = others
-    s, dp = _scores(*zip(own, (queries, d_out), strict=True))
-    p = _column_weights(mask(s), lse, factor)
-    ds = _column_slopes(p, dp, delta).astype(dtype)
-    products = [(0, ds, lambda: queries), (1, p.astype(dtype), lambda: d_out)]
-    return tiles.accumulate(sums, products, interpret)
-
-
-def _scores(*pairs):
-    return tiles.multiply(*((a, b.transpose((1, 0))) for a, b in pairs))
-
-
-def _column_weights(s, lse, factor):
-    lse = plgpu.load(lse, layout=LAYOUT.reduce(0)) * LOG2E
-    return jnp.exp2(s * factor - tiles.per_column(lse, s))
-
-
-def _column_slopes(p, dp, delta):
-    delta = plgpu.load(delta, layout=LAYOUT.reduce(0))
-    return p * (dp - tiles.per_column(delta, dp))
 
 
 def block_gradients(
@@ -218,11 +195,13 @@ def block_gradients(
         lse_row = plgpu.load(lses.at[w], layout=LAYOUT.reduce(1)) * LOG2E
         delta_row = plgpu.load(deltas.at[w], layout=LAYOUT.reduce(1))
 
-        def add_query_gradients(acc, keys, values, mask):
-            s, dp = _scores((queries, keys()), (d_outs_held, values()))
-            p = jnp.exp2(mask(s) * factor - tiles.per_row(lse_row, s))
-            ds = (p * (dp - tiles.per_row(delta_row, dp))).astype(dtype)
-            return tiles.accumulate((acc,), [(0, ds, keys)], interpret)[0]
+        add_query_gradients = functools.partial(
+            steps.add_query_gradients,
+            own=(queries, d_outs_held, lse_row, delta_row),
+            factor=factor,
+            dtype=dtype,
+            interpret=interpret,
+        )
 
         def summaries(masked):
             def use(j, buffer, acc):
@@ -234,7 +213,7 @@ def block_gradients(
                     )
 
                 keys, values = lambda: ks.at[buffer], lambda: vs.at[buffer]
-                return add_query_gradients(acc, keys, values, mask)
+                return add_query_gradients(acc, others=(keys, values), mask=mask)
 
             return use
 
@@ -248,17 +227,17 @@ def block_gradients(
                 causal, keys=1, queries=0, key_tile=a, query_tile=w
             )
             keys, values = lambda: own_k.at[a], lambda: own_v.at[a]
-            return add_query_gradients(acc, keys, values, mask)
+            return add_query_gradients(acc, others=(keys, values), mask=mask)
 
         def own_key_scores(t, with_values):
             pairs = [(own_k.at[w], qs.at[t]), (own_v.at[w], d_outs.at[t])]
-            s, *dp = _scores(*pairs[: 1 + with_values])
+            s, *dp = steps.scores(*pairs[: 1 + with_values])
             s = causal(s, keys=0, queries=1, key_tile=w, query_tile=t)
-            return _column_weights(s, lses.at[t], factor), *dp
+            return steps.column_weights(s, lses.at[t], factor), *dp
 
         def own_dk(t, dk):
             p, dp = own_key_scores(t, True)
-            ds = _column_slopes(p, dp, deltas.at[t]).astype(dtype)
+            ds = steps.column_slopes(p, dp, deltas.at[t]).astype(dtype)
             products = [(0, ds, lambda: qs.at[t])]
             return tiles.accumulate((dk,), products, interpret)[0]
 

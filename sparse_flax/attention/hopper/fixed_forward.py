@@ -14,13 +14,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from sparse_flax.attention.hopper import tiles
-from sparse_flax.attention.hopper.fixed_walk import Cut, Walk, copy_summaries, ring
-from sparse_flax.attention.hopper.tiles import LAYOUT, LOG2E, M
-
-# Below every score and far above -inf: differences of it stay finite, so that no row
-# sum, rescaling or contracted multiply-add makes a NaN.
-LOWEST = -1e20
+from sparse_flax.attention.hopper import steps, tiles
+from sparse_flax.attention.hopper.fixed_walk import Walk, copy_summaries
+from sparse_flax.attention.hopper.ring import Cut, ring
+from sparse_flax.attention.hopper.tiles import LOG2E, M
 
 
 def forward(q_BTHK, k_BTHK, v_BTHK, walk: Walk, scale, cut: Cut, interpret=False):
@@ -59,19 +56,9 @@ def forward(q_BTHK, k_BTHK, v_BTHK, walk: Walk, scale, cut: Cut, interpret=False
 
         plgpu.barrier_wait(q_bar.at[w])
         queries = qs.at[w]
-
-        def attend(carry, keys, values, mask):
-            acc, top, total = carry
-            (s,) = tiles.multiply((queries, keys.transpose((1, 0))))
-            s = mask(s)
-            new = jnp.maximum(top, s.max(axis=1) * factor)
-            shrink = jnp.exp2(top - new)
-            p = jnp.exp2(s * factor - tiles.per_row(new, s))
-            total = total * shrink + p.sum(axis=1)
-            acc = acc * tiles.per_row(shrink, acc)
-            pairs = [(0, p.astype(dtype), values)]
-            (acc,) = tiles.accumulate((acc,), pairs, interpret)
-            return acc, new, total
+        attend = functools.partial(
+            steps.attend, factor=factor, dtype=dtype, interpret=interpret
+        )
 
         def summaries(masked):
             def use(j, buffer, carry):
@@ -82,7 +69,8 @@ def forward(q_BTHK, k_BTHK, v_BTHK, walk: Walk, scale, cut: Cut, interpret=False
                         tiles.positions(s, 1) < mine * C - j * N, s, -jnp.inf
                     )
 
-                return attend(carry, ks.at[buffer], lambda: vs.at[buffer], mask)
+                keys, values = ks.at[buffer], lambda: vs.at[buffer]
+                return attend(carry, queries, keys, values, mask)
 
             return use
 
@@ -92,13 +80,10 @@ def forward(q_BTHK, k_BTHK, v_BTHK, walk: Walk, scale, cut: Cut, interpret=False
                 j = tiles.positions(s, 1)
                 return jnp.where(i == j if walk.self_only else i >= j, s, -jnp.inf)
 
-            return attend(carry, own_k.at[a], lambda: own_v.at[a], mask)
+            keys, values = own_k.at[a], lambda: own_v.at[a]
+            return attend(carry, queries, keys, values, mask)
 
-        row_vector = functools.partial(jnp.full, (M,), dtype=jnp.float32)
-        top, total_p = (
-            plgpu.layout_cast(row_vector(x), LAYOUT.reduce(1)) for x in (LOWEST, 0.0)
-        )
-        carry = (tiles.zeros(M, K), top, total_p)
+        carry = steps.nothing_yet(K)
         if C:
             carry = over_slots(0, whole, summaries(masked=False), carry)
             carry = over_slots(whole, total, summaries(masked=True), carry)

@@ -20,6 +20,16 @@ def fit(x: jax.Array, size: int, axis: int) -> jax.Array:
     return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
 
 
+def positive(scale: float, q: jax.Array) -> tuple[float, jax.Array]:
+    """Return another scale, above 0, and queries that make the same logits with it.
+
+    The kernels hide scores, and take the largest, before they scale.
+    """
+    if scale > 0:
+        return scale, q
+    return -scale or 1.0, q * (-1.0 if scale else 0.0)
+
+
 def sum_groups(x_BTHK: jax.Array, heads: int) -> jax.Array:
     """Add up the gradients of the query heads that share a key head."""
     B, T, H, K = x_BTHK.shape

@@ -22,15 +22,26 @@ from sparse_flax.attention.hopper import (
     columns,
     columns_backward,
     long_columns,
+    span_backward,
+    span_forward,
     tiles,
 )
-from sparse_flax.attention.hopper.layouts import fit, kept, over_batch, sum_groups, up
+from sparse_flax.attention.hopper.layouts import (
+    fit,
+    kept,
+    over_batch,
+    positive,
+    sum_groups,
+    up,
+)
+from sparse_flax.attention.hopper.spans import Span
 from sparse_flax.attention.parts import Part
 from sparse_flax.attention.patterns import Pattern
 
+# What goes through span_forward.py and span_backward.py: all that is beyond these.
 LONGEST_COLUMN = 256  # rows: what fits a block's memory, and one TMA copy
-LONGEST_WIDE_COLUMN = 128  # where K or V is 128
-WIDEST_WINDOW = 512
+LONGEST_WIDE_COLUMN = 128  # where K or V is over 64; and in columns_backward.py
+WIDEST_WINDOW = 512  # of the band kernels, where its keys fit a block's memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,41 +64,15 @@ class Halves:
                 stride = part.stride
             else:
                 return None
+        if window and stride and stride >= T:
+            stride = None  # no earlier token is so far away
         return cls(window, stride, **settings)
 
 
 def supports(pattern: Pattern, q: Any, k: Any, v: Any) -> str | None:
     """Return None, or the sentence that says what does not fit."""
-    T = q.shape[1]
-    halves = Halves.of(pattern.parts(), T)
-    if halves is None:
-        name = type(pattern).__name__
-        return f"hopper has no kernels for {name}"
-    if T < 8:
-        return f"hopper takes 8 tokens or more, not {T}"
-    K, V = (up(x.shape[3], tiles.M) for x in (q, v))
-    window, stride = halves.window, halves.stride
-    if stride:
-        rows, most = -(-T // stride), LONGEST_COLUMN
-        if max(K, V) > tiles.M:
-            most = LONGEST_WIDE_COLUMN
-        if not 8 <= rows <= most:
-            best = -(-T // most) if rows > most else max(T // 8, 1)
-            return (
-                f"hopper keeps a whole column on chip, 8 to {most} rows at widths {K} "
-                f"and {V}; {T} tokens at stride {stride} make {rows}: try stride {best}"
-            )
-    if window:
-        memory = band.forward_memory(window, K, V, 1)
-        if not 2 <= window <= WIDEST_WINDOW or memory > tiles.SHARED_MEMORY:
-            room = (tiles.SHARED_MEMORY - band.forward_memory(1, K, V, 1)) // (
-                tiles.M * (K + V) * 2
-            )
-            most = min(WIDEST_WINDOW, room * tiles.M + 1)
-            return (
-                f"hopper keeps a window on chip, 2 to {most} keys at widths {K} and "
-                f"{V}, not {window}; try {min(max(window, 2), most)}"
-            )
+    if Halves.of(pattern.parts(), q.shape[1]) is None:
+        return f"hopper has no kernels for {type(pattern).__name__}"
     return None
 
 
@@ -101,9 +86,10 @@ def attend(
 ) -> jax.Array:
     """Return out_BTHV in v's dtype; the arguments are what `supports` lets pass."""
     T, K, V = q_BTHK.shape[1], q_BTHK.shape[3], v_BTHV.shape[3]
+    scale, q_BTHK = positive(scale, q_BTHK)
     halves = Halves.of(pattern.parts(), T, scale=scale, interpret=interpret)
-    # Zeros behind the last column of q and k change no product; wgmma takes 64s.
-    widths = [up(width, tiles.M) for width in (K, K, V)]
+    # Zeros behind the last column of q and k change no product.
+    widths = [tiles.width_of(width) for width in (K, K, V)]
     args = [
         fit(x, width, 3)
         for x, width in zip((q_BTHK, k_BTHK, v_BTHV), widths, strict=True)
@@ -134,20 +120,28 @@ def _forward(halves: Halves, q, k, v):
     window, stride, run = halves.window, halves.stride, {"interpret": halves.interpret}
     init = None
     if stride:
-        folded = [_fold(x, stride) for x in (q, k, v)]
-        out, lse = columns.forward(
-            *folded, halves.scale, strict=window is not None, **run
-        )
+        folded, strict = [_fold(x, stride) for x in (q, k, v)], window is not None
+        if _column_fits(*folded):
+            out, lse = columns.forward(*folded, halves.scale, strict=strict, **run)
+        else:
+            out, lse = span_forward.forward(
+                *folded, halves.scale, Span(int(strict)), **run
+            )
         out = _unfold(out, T, H)
         if not window:
             return out, lse
         init = out, _by_token(lse, stride, T)
-    warpgroups, _ = band.settings(window, q.shape[3], v.shape[3])
+    on_chip = _window_fits(window, q, v)
+    warpgroups = band.settings(window, q.shape[3], v.shape[3])[0] if on_chip else 1
     padded = up(T, tiles.M * warpgroups)
     if init:
         init = fit(init[0], padded, 1), fit(init[1], padded, 2)
     args = [fit(x, padded, 1) for x in (q, k, v)]
-    out, lse = band.forward(*args, halves.scale, window, init=init, **run)
+    if on_chip:
+        out, lse = band.forward(*args, halves.scale, window, init=init, **run)
+    else:
+        span = Span(window=window)
+        out, lse = span_forward.forward(*args, halves.scale, span, init=init, **run)
     return out[:, :T], lse[:, :, :T]
 
 
@@ -155,36 +149,67 @@ def _backward(halves: Halves, q, k, v, out, lse, d_out):
     """Return (dq, dk, dv), given what `_forward` returned."""
     T, H = q.shape[1:3]
     window, stride, run = halves.window, halves.stride, {"interpret": halves.interpret}
-    into = None
+    into = delta = None
     if stride:
-        folded = [_fold(x, stride) for x in (q, k, v, out, d_out)]
+        folded, strict = [_fold(x, stride) for x in (q, k, v, out, d_out)], bool(window)
         by_column = _by_column(lse, stride) if window else lse
-        long = folded[0].shape[1] > LONGEST_WIDE_COLUMN
-        backward = (long_columns if long else columns_backward).backward
-        *into, delta = backward(
-            *folded[:4],
-            by_column,
-            folded[4],
-            halves.scale,
-            strict=window is not None,
-            **run,
-        )
+        backward = _columns_backward(*folded[:3])
+        if backward:
+            *into, delta = backward(
+                *(*folded[:4], by_column, folded[4], halves.scale), strict=strict, **run
+            )
+            delta = _by_token(delta, stride, T) if window else None
+        else:
+            delta = _delta(out, d_out)
+            rows = by_column, _by_column(delta, stride)
+            span = Span(int(strict))
+            into = span_backward.backward(
+                *(*folded[:3], folded[4], *rows, halves.scale, span), **run
+            )
         into = [_unfold(x, T, H) for x in into]
-        delta = _by_token(delta, stride, T) if window else None
     else:
-        delta = jnp.einsum(
-            "BTHV,BTHV->BHT", out, d_out, preferred_element_type=jnp.float32
-        )
+        delta = _delta(out, d_out)
     if window:
         padded = up(T, tiles.M)
         args = [fit(x, padded, 1) for x in (q, k, v, d_out)]
         args += [fit(x, padded, 2) for x in (lse, delta)]
         if into:
             into = [fit(x, padded, 1) for x in into]
-        backward = (band if window <= 2 * tiles.M else band_ring).backward
+        if _window_fits(window, q, v):
+            backward = (band if window <= 2 * tiles.M else band_ring).backward
+        else:
+            backward, window = span_backward.backward, Span(window=window)
         into = backward(*args, halves.scale, window, into=into, **run)
     dq, dk, dv = (x[:, :T] for x in into)
     return dq, sum_groups(dk, k.shape[2]), sum_groups(dv, k.shape[2])
+
+
+def _column_fits(q_BRCK, k_BRCK, v_BRCV) -> bool:
+    """Whether a block's memory holds a column."""
+    wide = max(q_BRCK.shape[3], v_BRCV.shape[3]) > tiles.M
+    return q_BRCK.shape[1] <= (LONGEST_WIDE_COLUMN if wide else LONGEST_COLUMN)
+
+
+def _columns_backward(q_BRCK, k_BRCK, v_BRCV):
+    """The kernel that makes the gradient of a column on chip; None if there is none."""
+    R, _, K = q_BRCK.shape[1:]
+    if R <= LONGEST_WIDE_COLUMN:
+        return columns_backward.backward
+    if R <= LONGEST_COLUMN and K == v_BRCV.shape[3] == tiles.M:
+        return long_columns.backward
+    return None
+
+
+def _window_fits(window: int, q_BTHK, v_BTHV) -> bool:
+    """Whether a block's memory holds a window, and band.py has it."""
+    memory = band.forward_memory(window, q_BTHK.shape[3], v_BTHV.shape[3], 1)
+    return 2 <= window <= WIDEST_WINDOW and memory <= tiles.SHARED_MEMORY
+
+
+def _delta(out_BTHV, d_out_BTHV):
+    return jnp.einsum(
+        "BTHV,BTHV->BHT", out_BTHV, d_out_BTHV, preferred_element_type=jnp.float32
+    )
 
 
 # ---- Layouts -----------------------------------------------------------------------

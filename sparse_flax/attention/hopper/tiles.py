@@ -17,8 +17,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from sparse_flax.attention.hopper.layouts import up
+
 LOG2E = math.log2(math.e)
 M = 64  # rows of one wgmma, and the least contraction under a 128-byte swizzle
+NARROW = 32  # the least width of a head: the contraction under a 64-byte swizzle
 SHARED_MEMORY = 227 * 1024  # bytes that one block may have on Hopper
 
 # Stands for the log-sum-exp of a row without keys: minus infinity would give NaN.
@@ -26,9 +29,19 @@ EMPTY = -1e30
 LAYOUT = plgpu.Layout.WGMMA
 
 
-def swizzled(shape: tuple[int, ...], dtype):
-    """Shared memory as wgmma and TMA want it; the last dimension in 64s."""
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+def width_of(width: int) -> int:
+    """The width of heads that the kernels take for `width`: 32, or a multiple of 64."""
+    return NARROW if width <= NARROW else up(width, M)
+
+
+def swizzled(shape: tuple[int, ...], dtype, beside: int = 0):
+    """Shared memory as wgmma and TMA want it; the last dimension 32, or in 64s.
+
+    Both operands of a product must be swizzled alike: `beside` is the width of the
+    other if that may be 32.
+    """
+    n = NARROW if NARROW in (shape[-1], beside) else M
+    transforms = (plgpu.TilingTransform((8, n)), plgpu.SwizzleTransform(2 * n))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
