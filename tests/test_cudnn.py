@@ -251,7 +251,7 @@ def test_a_checkpoint_policy_keeps_the_result(keep, runs):
 
 @pytest.fixture
 def on_an_a100(monkeypatch):
-    monkeypatch.setattr(dispatch, "_device_kind", lambda: A100)
+    monkeypatch.setattr(dispatch, "target_device_kind", lambda: A100)
 
 
 @pytest.mark.usefixtures("on_an_a100")

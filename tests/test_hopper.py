@@ -119,7 +119,7 @@ def test_vmap():
 
 @pytest.fixture
 def on_an_h200(monkeypatch):
-    monkeypatch.setattr(dispatch, "_device_kind", lambda: H200)
+    monkeypatch.setattr(dispatch, "target_device_kind", lambda: H200)
     dispatch._warn_once.cache_clear()
 
 

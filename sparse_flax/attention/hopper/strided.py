@@ -41,7 +41,8 @@ from sparse_flax.attention.patterns import Pattern
 # What goes through span_forward.py and span_backward.py: all that is beyond these.
 LONGEST_COLUMN = 256  # rows: what fits a block's memory, and one TMA copy
 LONGEST_WIDE_COLUMN = 128  # where K or V is over 64; and in columns_backward.py
-WIDEST_WINDOW = 512  # of the band kernels, where its keys fit a block's memory
+WIDEST_WINDOW = 512  # in band.py's forward, if its keys fit a block's memory
+WIDEST_RING_WINDOW = 512  # in band_ring.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +132,8 @@ def _forward(halves: Halves, q, k, v):
         if not window:
             return out, lse
         init = out, _by_token(lse, stride, T)
-    on_chip = _window_fits(window, q, v)
+    memory = band.forward_memory(window, q.shape[3], v.shape[3], 1)
+    on_chip = 2 <= window <= WIDEST_WINDOW and memory <= tiles.SHARED_MEMORY
     warpgroups = band.settings(window, q.shape[3], v.shape[3])[0] if on_chip else 1
     padded = up(T, tiles.M * warpgroups)
     if init:
@@ -175,11 +177,8 @@ def _backward(halves: Halves, q, k, v, out, lse, d_out):
         args += [fit(x, padded, 2) for x in (lse, delta)]
         if into:
             into = [fit(x, padded, 1) for x in into]
-        if _window_fits(window, q, v):
-            backward = (band if window <= 2 * tiles.M else band_ring).backward
-        else:
-            backward, window = span_backward.backward, Span(window=window)
-        into = backward(*args, halves.scale, window, into=into, **run)
+        backward, reach = _window_backward(window)
+        into = backward(*args, halves.scale, reach, into=into, **run)
     dq, dk, dv = (x[:, :T] for x in into)
     return dq, sum_groups(dk, k.shape[2]), sum_groups(dv, k.shape[2])
 
@@ -200,10 +199,13 @@ def _columns_backward(q_BRCK, k_BRCK, v_BRCV):
     return None
 
 
-def _window_fits(window: int, q_BTHK, v_BTHV) -> bool:
-    """Whether a block's memory holds a window, and band.py has it."""
-    memory = band.forward_memory(window, q_BTHK.shape[3], v_BTHV.shape[3], 1)
-    return 2 <= window <= WIDEST_WINDOW and memory <= tiles.SHARED_MEMORY
+def _window_backward(window: int):
+    """The kernel that makes the gradient of a window, and what it calls that window."""
+    if 2 <= window <= 2 * tiles.M:
+        return band.backward, window
+    if 2 <= window <= WIDEST_RING_WINDOW:
+        return band_ring.backward, window
+    return span_backward.backward, Span(window=window)
 
 
 def _delta(out_BTHV, d_out_BTHV):
