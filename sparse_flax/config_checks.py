@@ -10,9 +10,9 @@ from sparse_flax import attention
 from sparse_flax.config import defaults, flatten
 from sparse_flax.errors import UserError
 from sparse_flax.model import INITS, REMAT
+from sparse_flax.state import WEIGHTS
 
 DTYPES = ("bfloat16", "float16", "float32")
-WEIGHTS = ("ema", "raw")
 SPLITS = ("test", "validation")
 
 
@@ -138,7 +138,7 @@ def _check_choices(config: ConfigDict) -> None:
         ("model.dtype", config.model.dtype, DTYPES),
         ("model.remat", config.model.remat, tuple(REMAT)),
         ("model.attention", config.model.attention, ("", *attention.IMPLEMENTATIONS)),
-        ("eval.weights", config.eval.weights, WEIGHTS),
+        ("eval.weights", config.eval.weights, tuple(WEIGHTS)),
         ("eval.split", config.eval.split, SPLITS),
     ):
         if value not in choices:

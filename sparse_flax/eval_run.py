@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from sparse_flax import banner, evaluate, progress, state
 from sparse_flax import config as config_lib
-from sparse_flax.checkpoint import Checkpointer, DamagedError
+from sparse_flax.checkpoint import Checkpointer
 from sparse_flax.config_checks import finalize
 from sparse_flax.data import batches
 from sparse_flax.data import bytes as byte_data
@@ -128,21 +128,15 @@ class EvalRun:
         Raises:
           UserError: there is none, or its score is not finite.
         """
-        candidates = self.checkpoints.candidates(step)
         self.stop.listen()
         try:
-            for candidate in candidates:
-                if self.score(candidate):
-                    return
-                if self.stop:
-                    self._say_stopped()
-                    return
+            with jax.set_mesh(self.mesh):
+                step, model = self.checkpoints.newest_whole(*self._part(), step)
+            if not self.stop and self.score(step, model):
+                return
+            self._say_stopped()
         finally:
             self.stop.ignore()
-        raise UserError(
-            f"no checkpoint in {self.folder.checkpoints} could be read; nothing was "
-            "moved or deleted"
-        )
 
     def follow(self) -> None:
         """Score each checkpoint once, oldest first, until the run has ended.
@@ -161,7 +155,10 @@ class EvalRun:
             while not self.stop:
                 there = self.checkpoints.steps()
                 if new := [step for step in there if step not in done]:
-                    self.score(new[0])
+                    with jax.set_mesh(self.mesh):
+                        model = self.checkpoints.read_part(new[0], *self._part())
+                    if model is not None:
+                        self.score(new[0], model)
                     done.add(new[0])
                     continue
                 newest, last = max(there, default=0), self._last_step()
@@ -185,23 +182,13 @@ class EvalRun:
 
     # ---- One checkpoint ------------------------------------------------------------
 
-    def score(self, step: int) -> dict[str, Any] | None:
-        """Score a checkpoint, say so and write a row; None if it cannot be read.
-
-        None also if told to stop.
+    def score(self, step: int, model: SparseTransformer) -> dict[str, Any] | None:
+        """Score a checkpoint, say so and write a row; None if told to stop.
 
         Raises:
           UserError: the score is not finite, or the row could not be written.
         """
         with jax.set_mesh(self.mesh):
-            try:
-                model = self.restore(step)
-            except DamagedError as error:
-                # A running job deletes its oldest ones.
-                gone = step not in self.checkpoints.steps()
-                why = "was deleted meanwhile" if gone else f"is damaged ({error})"
-                self.say(f"checkpoint {step} {why} and is passed over")
-                return None
             self.say(f"evaluating checkpoint {step}: {self.windows:,} windows")
             began = time.monotonic()
             rows = self.config.eval.batch_size
@@ -238,11 +225,10 @@ class EvalRun:
             self.say(f"the paper's table 3 has {paper:.4f} for this protocol")
         return row
 
-    def restore(self, step: int) -> SparseTransformer:
-        """Return the chosen weights of a checkpoint, on the mesh that is set."""
-        field = "ema" if self.protocol["weights"] == "ema" else "model"
-        abstract = state.abstract_model(self.model_config)
-        return self.checkpoints.restore_part(step, field, abstract)
+    def _part(self) -> tuple[str, SparseTransformer]:
+        """Return the field of the chosen weights, and what is to be read for it."""
+        field = state.WEIGHTS[self.protocol["weights"]]
+        return field, state.abstract_model(self.model_config)
 
     def _paper(self) -> float | None:
         """Return the figure that the score is comparable with, if there is one."""

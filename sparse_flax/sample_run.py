@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from sparse_flax import config as config_lib
 from sparse_flax import sample, state
-from sparse_flax.checkpoint import Checkpointer, DamagedError
+from sparse_flax.checkpoint import Checkpointer
 from sparse_flax.config_checks import finalize
 from sparse_flax.errors import UserError
 from sparse_flax.sharding import make_mesh
@@ -53,42 +53,28 @@ class SampleRun:
         path = self.folder.generated
         options = self.config.sample.to_dict()
         del options["prompt"], options["prompt_file"]  # read already
-        candidates = self.checkpoints.candidates(step)
+        weights = self.config.eval.weights
         self.stop.listen()
         try:
-            for candidate in candidates:
-                with jax.set_mesh(self.mesh):
-                    abstract = state.abstract_model(self.model_config)
-                    field = "ema" if self.config.eval.weights == "ema" else "model"
-                    try:
-                        model = self.checkpoints.restore_part(
-                            candidate, field, abstract
-                        )
-                    except DamagedError as error:
-                        self.say(f"checkpoint {candidate} is passed over ({error})")
-                        continue
-                    self.say(
-                        f"checkpoint         {candidate} ({self.config.eval.weights} "
-                        "weights)"
-                    )
-                    text = sample.write_samples(
-                        model,
-                        self.prompt,
-                        path,
-                        stop=self.stop,
-                        say=self.say,
-                        **options,
-                    )
-                if self.stop:
-                    self.say(f"stopped by {self.stop.signal}")
-                self.say(f"{text}\nsample             {path}")
-                return
+            with jax.set_mesh(self.mesh):
+                abstract = state.abstract_model(self.model_config)
+                step, model = self.checkpoints.newest_whole(
+                    state.WEIGHTS[weights], abstract, step
+                )
+                self.say(f"checkpoint         {step} ({weights} weights)")
+                text = sample.write_samples(
+                    model,
+                    self.prompt,
+                    path,
+                    stop=self.stop,
+                    say=self.say,
+                    **options,
+                )
         finally:
             self.stop.ignore()
-        raise UserError(
-            f"no checkpoint in {self.folder.checkpoints} could be read; nothing was "
-            "moved or deleted"
-        )
+        if self.stop:
+            self.say(f"stopped by {self.stop.signal}")
+        self.say(f"{text}\nsample             {path}")
 
 
 def read_prompt(options: ConfigDict, context: int) -> bytes:

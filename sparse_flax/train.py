@@ -238,8 +238,7 @@ class Trainer:
 
     def chosen_model(self) -> SparseTransformer:
         """Return the weights that are evaluated and sampled from."""
-        ema = self.config.eval.weights == "ema"
-        return self.state.ema if ema else self.state.model
+        return getattr(self.state, state.WEIGHTS[self.config.eval.weights])
 
     def evaluate(self, split: str) -> None:
         """Write a row for the present step, if there is none; not if told to stop."""
