@@ -40,9 +40,15 @@ def defaults() -> ConfigDict:
         {
             "seed": 0,  # of parameters, data order and dropout
             "data": {
-                "name": "bytes",  # stdlib | enwik8 | text8 | bytes | tfds:NAME
+                # stdlib | enwik8 | text8 | bytes | cifar10 | imagenet64 | images |
+                # audio | tfds:NAME
+                "name": "bytes",
                 "path": "",  # a file or folder; '': data.folder, of tfds: TFDS' own
-                "folder": "data",  # where downloads go and are looked for
+                "folder": "data",  # where downloads and the cache are looked for
+                "kind": "",  # text | image | audio; '': as the name says, of tfds: text
+                "size": 0,  # of images, height and width; 0: 32 or 64 by their name
+                "rate": 12000,  # of audio, samples a second
+                "bad_files": "skip",  # skip | refuse images or audio that do not read
             },
             "model": {
                 "context": 2048,  # tokens
