@@ -30,9 +30,9 @@ def finalize(config: ConfigDict) -> tuple[ConfigDict, list[str]]:
       UserError: the first value that breaks a rule, the rule, the nearest valid value.
     """
     config, notices = ConfigDict(config.to_dict()), []
+    _check_data(config)
     _check_numbers(config)
     _check_choices(config)
-    _check_data(config)
     _check_model(config.model)
     _check_mesh(config)
     if config.eval.min_context >= config.model.context:
@@ -180,17 +180,18 @@ def _check_data(config: ConfigDict) -> None:
     data.kind = kind
     if kind != "image":
         return
-    data.size = data.size or SIZES.get(data.name, 0)
-    if data.size != SIZES.get(data.name, data.size or 1):
+    fixed = SIZES.get(data.name, 0)
+    data.size = data.size or fixed
+    if data.size < 1 or (fixed and data.size != fixed):
         raise UserError(
-            f"data.size={data.size} is not what data.name={data.name!r} needs; use "
-            f"{SIZES.get(data.name, 32)}"
+            f"data.size={data.size} is no height of data.name={data.name!r}; use "
+            f"{fixed or 32}"
         )
-    if m.context != 3 * data.size**2:
+    bytes_each = 3 * data.size**2
+    if m.context != bytes_each:
         raise UserError(
-            f"model.context={m.context} is not the {3 * data.size**2} bytes of an image "
-            f"of data.size={data.size}: 3 colours of {data.size} x {data.size} pixels; "
-            f"use {3 * data.size**2}"
+            f"model.context={m.context} must be the {bytes_each} bytes of an image, 3 "
+            f"colours of data.size={data.size} x {data.size} pixels; use {bytes_each}"
         )
     m.position_shape = m.position_shape or (data.size, data.size, 3)
 
