@@ -110,6 +110,9 @@ AT_LEAST_0 = [
     "eval.sample_bytes",
     "checkpoint.every_steps",
     "sample.top_k",
+    "sample.rows",
+    "sample.given_seconds",
+    "sample.seconds",
     "sample.seed",
 ]
 ABOVE_0 = [

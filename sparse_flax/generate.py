@@ -47,7 +47,8 @@ def generate(
       prompts: each begins a window, as in training; it may be empty. They are read in
         parallel as far as the shortest goes, so give long ones of about one length.
       count: how many bytes; prompt and sample together must fit the context.
-      seed: row n has the seed `seed + n`: it gets the same bytes alone as in a batch.
+      seed: row n has the seed `seed + n`, and gets the same bytes alone as in a batch
+        where the device rounds both alike.
       temperature: divides the logits, above 0; the paper samples at 1.
       top_k: sample from so many of the likeliest bytes only; 0: from all.
       top_p: then from the fewest likeliest ones that have this share of the
@@ -106,6 +107,26 @@ def generate(
         sampled[n, length : length + count].tobytes()
         for n, length in enumerate(lengths)
     ]
+
+
+def as_bytes(prompt: bytes | np.ndarray) -> bytes:
+    """Return integers from 0 to 255 as bytes, and bytes as they are.
+
+    Raises ValueError for anything else.
+    """
+    if isinstance(prompt, bytes):
+        return prompt
+    values = np.asarray(prompt)
+    if values.size and (
+        values.ndim != 1
+        or not np.issubdtype(values.dtype, np.integer)
+        or not 0 <= values.min() <= values.max() <= 255
+    ):
+        raise ValueError(
+            f"a prompt of {values.dtype} {list(values.shape)} from {values.min()} to "
+            f"{values.max()} is not bytes; give integers [P] from 0 to 255"
+        )
+    return values.astype(np.uint8).tobytes()
 
 
 def inputs(bytes_BT: np.ndarray) -> np.ndarray:

@@ -79,8 +79,20 @@ def test_the_same_bytes_whatever_the_batch():
         assert generate.generate(model, [prompt], 25, seed=7 + n) == [together[n]]
     assert [len(text) for text in together] == [25] * 4
     assert together[1] != together[3]  # another row, another seed
-    assert model.generate(prompts, 25, seed=7) == together
-    assert model.generate([], 25) == []
+    rows = model.generate(prompts, 25, seed=7)
+    assert rows.dtype == np.uint8 and [row.tobytes() for row in rows] == together
+    assert model.generate([], 25).shape == (0, 25)
+
+
+def test_continues_arrays_as_it_does_bytes():
+    model = model_of(Fixed(8, 2, rotate=True))
+    given_NP = np.random.default_rng(0).integers(0, 256, (2, 12))
+    expected = model.generate([row.astype(np.uint8).tobytes() for row in given_NP], 25)
+    np.testing.assert_array_equal(model.generate(given_NP, 25), expected)
+    assert model.generate(np.zeros((2, 0), np.uint8), 25).shape == (2, 25)
+    for wrong in ([[1, 256]], [[0.5]], np.zeros((1, 2, 3), int), [[-1]]):
+        with pytest.raises(ValueError, match=r"give integers \[P\] from 0 to 255"):
+            model.generate(wrong, 1)
 
 
 def test_reads_in_quarters_give_the_same_bytes(monkeypatch):

@@ -121,6 +121,14 @@ def load(path: str, data_folder: str, rate: int, bad_files: str = "skip") -> Spl
     return byte_data.splits("audio", source, parts, "; ".join(filter(None, said)))
 
 
+def read(path: Path, rate: int) -> np.ndarray:
+    """Return a single recording: uint8 [N], mu-law, `rate` samples a second.
+
+    Raises BadFileError if it is none.
+    """
+    return np.concatenate([mulaw_encode(part) for _, part in _resampled(path, rate)])
+
+
 def _levels(
     path: Path, rate: int, split: str, cut: bool
 ) -> Iterator[tuple[str, np.ndarray]]:
