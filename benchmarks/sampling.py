@@ -99,7 +99,7 @@ def model_config(name: str, pattern: str, quick: bool) -> ModelConfig:
     found = config_lib.model_config(finalize(config)[0])
     if not quick:
         return found
-    layers, context = len(found.patterns), 3072
+    layers, context = len(found.patterns), 1024
     small = {"width": 16, "qk_width": 16, "feed_forward": 16, "heads": 2}
     return dataclasses.replace(found, layers=layers, context=context, **small)
 
@@ -109,7 +109,7 @@ def window(name: str, config: ModelConfig, rows: int, kind: str) -> dict:
     T = config.context
     quarter = max(T // 4, generate.SMALLEST_QUARTER)
     middles = range(quarter // 2, T, quarter)
-    asked = [round(500 / 12288 * T), round(12000 / 12288 * T)]
+    asked = [round(500 / 12288 * T), min(round(12000 / 12288 * T), T - BYTES)]
     model = make(config)
     weights = jax.block_until_ready(decoder(model))
     del model

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("compiles_quickly")
 
 CONFIG = ModelConfig(
     context=37,
-    layers=4,
+    layers=2,
     width=16,
     heads=4,
     qk_width=8,  # narrower than the values

@@ -6,6 +6,7 @@ from test_eval_run import command, copied, text, trained  # noqa: F401, fixtures
 from test_train import compile_once as compile_once  # an autouse fixture
 from test_train import listing, tiny
 
+from sparse_flax import export_run, exported
 from sparse_flax.errors import UserError
 from sparse_flax.eval_run import EvalRun
 from sparse_flax.sample import BETWEEN
@@ -71,6 +72,29 @@ def test_what_cannot_be_is_a_sentence(copied, text):  # noqa: F811
             SampleRun(options(text, **changes), str(copied), say=print)
     with pytest.raises(UserError, match=r"model\.width=32, but the run"):
         SampleRun(tiny(text, model__width=32), str(copied), say=print)
+
+
+def test_an_exported_model_is_sampled_from_the_command_line(copied, tmp_path):  # noqa: F811
+    model = tmp_path / "small"
+    result = command("--mode=export", f"--workdir={copied}", f"--model={model}")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "checkpoint         12 (ema weights)" in result.stdout
+    assert str(copied) not in (model / "config.json").read_text()
+    changes = ["--config.sample.prompt=to be", "--config.sample.count=9"]
+    out = f"--workdir={tmp_path / 'out'}"
+    result = command("--mode=sample", f"--model={model}", out, *changes)
+    assert (result.returncode, result.stderr) == (0, "")
+    (row,) = exported.load(model).generate([b"to be"], 9)
+    assert (tmp_path / "out" / "generated.txt").read_bytes() == b"to be" + row.tobytes()
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "file").touch()
+    for options, sentence in (
+        (("--mode=export", f"--workdir={copied}"), "name it with --model=FOLDER"),
+        (("--mode=train", "--model=x", "--config=x.py"), "--model=x does nothing"),
+    ):
+        assert sentence in command(*options).stderr
+    with pytest.raises(UserError, match="holds files of something else"):
+        export_run.run(tiny("x"), str(copied), str(tmp_path / "else"))
 
 
 def test_from_the_command_line_without_a_config(copied):  # noqa: F811

@@ -152,7 +152,7 @@ def _attend(q_BHK, pieces, scale: float) -> jax.Array:
     logits, values = [], []
     for kv_BHSW, seen_S in pieces:
         kv_BHGSW = kv_BHSW[:, :, None].astype(jnp.float32)
-        logits_BHGS = jnp.sum(q_BHGK[..., None, :] * kv_BHGSW[..., :K], axis=-1)
+        logits_BHGS = _dot(q_BHGK[..., None, :], kv_BHGSW[..., :K])
         logits.append(jnp.where(seen_S, logits_BHGS, -jnp.inf))
         values.append(kv_BHGSW[..., K:])
     weights_BHGS = jax.nn.softmax(jnp.concatenate(logits, axis=-1))
@@ -164,6 +164,18 @@ def _attend(q_BHK, pieces, scale: float) -> jax.Array:
         )
     )
     return out_BHGV.reshape(B, H, -1)
+
+
+def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Sum the products along the last dimension, of many rows eight at a time.
+
+    A GPU thread then loads eight neighbours at once and adds them up by itself. With a
+    warp for each key, which is what it is otherwise, instructions and not the memory
+    would set the time of a large batch.
+    """
+    if x.shape[0] == 1 or x.shape[-1] % 8:
+        return jnp.sum(x * y, axis=-1)
+    return jnp.sum(sum(x[..., i::8] * y[..., i::8] for i in range(8)), axis=-1)
 
 
 def _spec(x: jax.Array) -> tuple:
