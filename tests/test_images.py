@@ -579,21 +579,24 @@ def test_models_have_the_papers_sizes(name, preset, count):
 @pytest.mark.slow
 def test_the_laptop_preset_learns_pictures(tmp_path):
     """What cifar10.py:laptop and images.py:laptop train, shrunk to some seconds."""
-    y, x = np.mgrid[:16, :16]
-    for i in range(60):
-        rng = np.random.default_rng(i)
-        slope, base = rng.uniform(-6, 6, (2, 3, 1, 1)), rng.uniform(90, 160, (3, 1, 1))
-        image = base + slope[0] * (x - 8) + slope[1] * (y - 8)
-        image_HWC = np.clip(image, 0, 255).astype(np.uint8).transpose(1, 2, 0)
+    flags = np.random.default_rng(0).choice([[20, 40, 200], [250, 220, 0]], (60, 2))
+    for i, halves in enumerate(flags):
+        image_HWC = np.repeat(halves, 4, 0)[:, None].repeat(8, 1).astype(np.uint8)
         save(tmp_path / "album" / f"{i}.png", image_HWC)
     config = tiny(
         tmp_path / "album",
         tmp_path,
-        **{"data.size": 16, "model.width": 64, "model.layers": 2, "train.steps": 150},
+        **{
+            "model.width": 64,
+            "model.layers": 2,
+            "train.steps": 100,
+            "eval.every_steps": 0,
+            "checkpoint.every_steps": 0,
+        },
     )
     trainer = Trainer(config, str(tmp_path / "run"), say=lambda line: None)
     trainer.run()
     rows = [json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").open()]
     scores = [row["bits_per_byte"] for row in rows if row["split"] == "validation"]
-    assert scores[0] == pytest.approx(8, abs=1e-4) and scores[-1] < trainer.floor.bits
+    assert scores[0] == pytest.approx(8, abs=1e-4) and scores[-1] < 2
     assert sources.load(trainer.config.data).fingerprint == trainer.splits.fingerprint
