@@ -17,14 +17,12 @@ from PIL import Image
 from test_config import get_config as config_of
 from test_tfds import noise, sentence, various
 
-from sparse_flax import config as config_lib
 from sparse_flax import evaluate
 from sparse_flax.config import defaults
 from sparse_flax.config_checks import finalize
 from sparse_flax.data import batches, bigram, cifar, images, pictures, resized, sources
 from sparse_flax.data.folder import BadFileError
 from sparse_flax.eval_run import EvalRun
-from sparse_flax.model import SparseTransformer, parameter_count
 from sparse_flax.train import Trainer
 
 
@@ -554,26 +552,8 @@ def test_what_does_not_fit_images_is_said():
     text.data.name, text.data.kind = "tfds:mine", "image"
     text.data.size, text.model.context = 8, 192
     assert finalize(text)[0].data.kind == "image"
-
-
-@pytest.mark.parametrize(
-    ("name", "preset", "count"),
-    [
-        ("cifar10", "", 59_196_928),
-        ("cifar10", "merged", 59_196_928),
-        ("imagenet64", "", 151_645_184),
-        ("imagenet64", "302m", 302_959_616),
-        ("music", "", 151_840_256),
-        ("music", "262144", 25_151_680),
-        ("music", "1048576", 3_103_872),
-    ],
-)
-def test_models_have_the_papers_sizes(name, preset, count):
-    model_config = config_lib.model_config(finalize(config_of(name, preset))[0])
-    model = jax.eval_shape(
-        lambda key: SparseTransformer(model_config, key), jax.random.key(0)
-    )
-    assert parameter_count(model) == count
+    text.data.kind = "audio"
+    sentence(lambda: finalize(text), "contradicts data.name='tfds:mine'")
 
 
 @pytest.mark.slow
