@@ -1,4 +1,4 @@
-r"""Raw audio: the paper's music models (Child et al. 2019, table 4), on your recordings.
+r"""Raw audio: the paper's music models (Child et al. 2019, table 4).
 
     python -m sparse_flax.main --config=configs/music.py --config.data.path=FOLDER
     python -m sparse_flax.main --config=configs/music.py:laptop \

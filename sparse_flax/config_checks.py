@@ -173,12 +173,12 @@ def _check_data(config: ConfigDict) -> None:
     """Derive what kind the data are of, and for images how many bytes make one."""
     data, m = config.data, config.model
     kind = KINDS.get(data.name, "text")
-    if data.name.startswith("tfds:"):
+    if data.name.startswith("tfds:") and data.kind != "audio":
         kind = data.kind or kind
     elif data.kind not in ("", kind):
         raise UserError(
             f"data.kind={data.kind!r} contradicts data.name={data.name!r}, which is "
-            f"{kind!r}; use '', which derives it"
+            f"{kind!r}; use ''"
         )
     data.kind = kind
     if kind != "image":

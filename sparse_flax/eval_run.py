@@ -37,7 +37,7 @@ PAPER = {
     12096: 0.9922,
     12160: 0.9908,
 }
-PAPER_IMAGES = {"cifar10": 2.80, "imagenet64": 3.44}  # bits per dim (table 1)
+PAPER_IMAGES = {"cifar10": "2.80", "imagenet64": "3.44"}  # bits per dim (table 1)
 POLL_SECONDS = 1.0
 
 
@@ -238,13 +238,14 @@ class EvalRun:
         field = state.WEIGHTS[self.protocol["weights"]]
         return field, state.abstract_model(self.model_config)
 
-    def _paper(self) -> float | None:
+    def _paper(self) -> str | None:
         """Return the figure that the score is comparable with, if there is one."""
         row = self.protocol
         if row["split"] != "test" or not row["whole"] or self.splits.notice:
             return None
         if self.splits.name == "enwik8" and row["context"] == 12288:
-            return PAPER.get(row["min_context"])
+            least = row["min_context"]
+            return f"{PAPER[least]:.4f}" if least in PAPER else None
         published = self.splits.published.get("test")
         if published and published == len(self.data):
             return PAPER_IMAGES.get(self.splits.name)

@@ -159,9 +159,13 @@ def test_knows_which_figure_of_the_paper_is_comparable(copied, text):
     ours.protocol |= {"context": 12288, "min_context": 6144, "whole": True}
     assert ours._paper() is None
     object.__setattr__(ours.splits, "name", "enwik8")
-    assert ours._paper() == 0.9952
+    assert ours._paper() == "0.9952"
     ours.protocol["min_context"] = 6000
     assert ours._paper() is None
+    object.__setattr__(ours.splits, "name", "cifar10")
+    assert ours._paper() is None  # as far as is known, not all of its images
+    object.__setattr__(ours.splits, "published", {"test": len(ours.data)})
+    assert ours._paper() == "2.80"
 
 
 def test_what_is_not_there_is_a_sentence(copied, tmp_path, text):

@@ -88,11 +88,8 @@ def test_an_exported_model_is_sampled_from_the_command_line(copied, tmp_path):  
     assert (tmp_path / "out" / "generated.txt").read_bytes() == b"to be" + row.tobytes()
     (tmp_path / "else").mkdir()
     (tmp_path / "else" / "file").touch()
-    for options, sentence in (
-        (("--mode=export", f"--workdir={copied}"), "name it with --model=FOLDER"),
-        (("--mode=train", "--model=x", "--config=x.py"), "--model=x does nothing"),
-    ):
-        assert sentence in command(*options).stderr
+    error = command("--mode=export", f"--workdir={copied}").stderr
+    assert "name it with --model=FOLDER" in error
     with pytest.raises(UserError, match="holds files of something else"):
         export_run.run(tiny("x"), str(copied), str(tmp_path / "else"))
 

@@ -85,15 +85,16 @@ def load(path: str, data_folder: str, rate: int, bad_files: str = "skip") -> Spl
         )
     root = byte_data.existing(path)
     if root.is_file():
-        root, files, others = root.parent, {"train": [root]}, 0
-        cut = True
+        root, found, others = root.parent, [root], 0
     else:
-        files, others = folder.files_by_split(root, SUFFIXES, "recordings")
-        count = sum(map(len, files.values()))
-        cut = count < FEW and not (root / "train").is_dir()
+        found, others = folder.find(root, SUFFIXES, "recordings")
+    cut = len(found) < FEW and not folder.has_splits(root)
+    if cut:
+        files = {"train": found, "validation": [], "test": []}
+    else:
+        files = folder.files_by_split(root, found, "recordings")
     total = sum(map(len, files.values()))
-    if cut:  # in which case a split of their own is not needed
-        files = {"train": [file for part in files.values() for file in part]}
+    others += len(found) - total  # in none of the sub-folders
 
     def convert(file: Path, split: str, store: Store) -> list[str]:
         for part, levels in _levels(file, rate, split, cut):
@@ -102,7 +103,7 @@ def load(path: str, data_folder: str, rate: int, bad_files: str = "skip") -> Spl
 
     parts, about = folder.read(
         root,
-        {split: files.get(split, []) for split in folder.SPLITS},
+        files,
         convert,
         kind="audio",
         options=["mulaw", rate, cut],

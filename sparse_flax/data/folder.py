@@ -68,58 +68,68 @@ class Store:
             file.close()
 
 
-def files_by_split(
-    root: Path, suffixes: Sequence[str], what: str
-) -> tuple[dict[str, list[Path]], int]:
-    """Find the files of each split of a folder.
-
-    Those of its sub-folders train, validation (or valid, val) and test where train is
-    there; what the sub-folders lack, and everything where there are none, is drawn by a
-    hash of the files' names, 90/5/5, so that a file stays in its split however many are
-    added. In each split the order is that of the hash.
+def find(root: Path, suffixes: Sequence[str], what: str) -> tuple[list[Path], int]:
+    """Find the files of a folder that have one of the suffixes, and count the others.
 
     Args:
       root: a folder; hidden files in it are passed over.
-      suffixes: which files, as '.png'; the case does not matter.
-      what: their plural, for sentences.
+      suffixes: as '.png'; the case does not matter.
+      what: the files' plural, for sentences.
 
     Returns:
-      The files of each split, and how many other files there are.
+      The files, in the order of a hash of their names.
+
+    Raises:
+      UserError: there are none.
+    """
+    every = byte_data.files_under(root)
+    found = [file for file in every if file.suffix.lower() in suffixes]
+    if not found:
+        raise UserError(
+            f"{root} holds no {what} ({', '.join(suffixes)}); give another folder with "
+            "--config.data.path=FOLDER"
+        )
+    return sorted(found, key=lambda f: _share(root, f)), len(every) - len(found)
+
+
+def has_splits(root: Path) -> bool:
+    """Whether a folder has a sub-folder train, which makes others splits, too."""
+    return (root / "train").is_dir()
+
+
+def files_by_split(root: Path, files: list[Path], what: str) -> dict[str, list[Path]]:
+    """Divide what `find` has found.
+
+    The splits are the sub-folders train, validation (or valid, val) and test where
+    train is there. What they lack, and everything where there are none, is drawn by the
+    hash of the names, 90/5/5, so that a file stays in its split when others come.
 
     Raises:
       UserError: there are too few for three splits.
     """
-    every = byte_data.files_under(root)
-    chosen = [file for file in every if file.suffix.lower() in suffixes]
-    parts: dict[str, list[Path]] = {}
-    if (root / "train").is_dir():
-        for split, names in SUBFOLDERS.items():
-            name = next((n for n in names if (root / n).is_dir()), None)
-            if name:
-                inside = [f for f in chosen if f.relative_to(root).parts[0] == name]
-                parts[split] = sorted(inside, key=lambda f: _share(root, f))
-    else:
-        parts["train"] = sorted(chosen, key=lambda f: _share(root, f))
-    missing = [split for split in SPLITS if not parts.get(split)]
-    if "train" in missing or len(parts["train"]) < 1 + len(missing):
-        listed = ", ".join(suffixes)
+    parts = {"train": files}
+    if has_splits(root):
+        top = {file: file.relative_to(root).parts[0] for file in files}
+        parts = {
+            split: [file for file in files if top[file] == name]
+            for split, names in SUBFOLDERS.items()
+            for name in names[::-1]
+            if name in top.values()
+        }
+    missing = [split for split in SPLITS[1:] if not parts.get(split)]
+    files = parts.get("train", [])
+    if len(files) <= len(missing):
         raise UserError(
-            f"{root} holds {len(parts.get('train', ())):,} {what} ({listed}) to train "
-            f"on, and {1 + len(missing)} or more are needed; give a folder with more"
+            f"{root} holds {len(files):,} {what} to train on, and "
+            f"{1 + len(missing)} or more are needed; give a folder with more"
         )
-    if missing:
-        files = parts["train"]
+    cuts, last = (0.90, 0.95)[2 - len(missing) :], len(files)
+    for place in reversed(range(len(missing))):
+        first = sum(_share(root, file) < cuts[place] for file in files)
         # At least one file each, the nearest to the cut.
-        last = len(files)
-        for split, cut in [*zip(missing, (0.90, 0.95)[-len(missing) :], strict=True)][
-            ::-1
-        ]:
-            left = missing.index(split) + 1  # splits before this one, train among them
-            first = sum(_share(root, file) < cut for file in files)
-            first = max(min(first, last - 1), left)
-            parts[split], last = files[first:last], first
-        parts["train"] = files[:last]
-    return parts, len(every) - sum(map(len, parts.values()))
+        first = max(min(first, last - 1), place + 1)
+        parts[missing[place]], last = files[first:last], first
+    return parts | {"train": files[:last]}
 
 
 def _share(root: Path, file: Path) -> float:

@@ -170,7 +170,8 @@ def _images(
     root = byte_data.existing(path)
     if root.is_file() or (root / "train.npy").is_file():
         return _arrays(name, root, size)
-    files, others = folder.files_by_split(root, pictures.SUFFIXES, "pictures")
+    found, others = folder.find(root, pictures.SUFFIXES, "pictures")
+    files = folder.files_by_split(root, found, "pictures")
 
     def convert(path: Path, split: str, store: folder.Store) -> list[str]:
         image_HWC, remarks = pictures.read(path, size)
@@ -187,6 +188,7 @@ def _images(
         bad_files=bad_files,
     )
     total = sum(map(len, files.values()))
+    others += len(found) - total  # in none of the sub-folders
     good = total - len(about["left_out"])
     shaped = [part.reshape(-1, size, size, 3) for part in parts]
     notice = folder.notice(about, "pictures", total, others)

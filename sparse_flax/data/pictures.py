@@ -94,5 +94,8 @@ def _convert(image: Image.Image, size: int) -> tuple[np.ndarray, list[str]]:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image)
     image = image.convert("RGB")
-    image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-    return np.asarray(image), remarks
+    # First cut, then scaled: resize's `box` would mix in what lies beside it.
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.crop((left, top, left + side, top + side))
+    return np.asarray(image.resize((size, size), Image.Resampling.LANCZOS)), remarks
