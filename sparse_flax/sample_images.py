@@ -100,12 +100,11 @@ def make_sheet(
             start = original.copy()
             start[rows:] = UNKNOWN
             shown = [start, image, original]
-        marked = [rows] * (len(shown) - 1) + [0] if len(shown) > 1 else [rows]
-        cells.append(
-            np.concatenate(
-                [_tile(x, n) for x, n in zip(shown, marked, strict=True)], axis=1
-            )
-        )
+        marked = [rows, rows, 0][: len(shown)]
+        tiles = [_tile(x, n) for x, n in zip(shown, marked, strict=True)]
+        if originals is not None:
+            tiles.append(np.full((len(tiles[0]), 2 * GAP, 3), 255, np.uint8))
+        cells.append(np.concatenate(tiles, axis=1))
     height, width = cells[0].shape[:2]
     columns = min(max(round(math.sqrt(len(cells) * height / width)), 1), len(cells))
     lines = -(-len(cells) // columns)
