@@ -56,11 +56,11 @@ def get_config(preset: str = "") -> ConfigDict:
 def shrink(config: ConfigDict) -> None:
     """Make it a small model, for two minutes on two CPU cores."""
     config.model.layers = 2
-    config.model.width = 64
-    config.model.heads = 2
-    config.model.qk_width = 64
+    config.model.width = 96
+    config.model.heads = 3
+    config.model.qk_width = 96
     config.model.feed_forward = 256
-    config.model.patterns = "Strided(96)"
+    config.model.patterns = "Local(96), Columns(96)"
     config.model.dropout = 0.0
     config.model.embedding_std = 0.1
     config.model.remat = "none"
@@ -72,7 +72,7 @@ def shrink(config: ConfigDict) -> None:
     config.optim.beta2 = 0.95
 
     config.train.batch_size = 2
-    config.train.steps = 400
-    config.eval.every_steps = 200
+    config.train.steps = 600
+    config.eval.every_steps = 300
     config.eval.max_windows = 32
-    config.checkpoint.every_steps = 200
+    config.checkpoint.every_steps = 300

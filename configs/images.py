@@ -7,7 +7,8 @@ r"""Pictures of your own: the paper's image model, on a folder of any pictures.
 
 The middle square of each picture is scaled to data.size x data.size pixels. Sub-folders
 train, validation and test are the splits, where they are there; else 90/5/5 by a hash
-of the names. FOLDER may also hold train.npy and so on, uint8 [N, size, size, 3].
+of the names. FOLDER may also hold train.npy and so on, uint8 [N, size, size, 3]; and
+--config.data.name=tfds:NAME reads a set of tensorflow-datasets instead.
 
 Not in the paper. Chosen here: half the layers of the paper's model of CIFAR-10, with
 its stride, a row of pixels; little dropout.
@@ -31,6 +32,7 @@ def get_config(preset: str = "") -> ConfigDict:
     check_preset(preset, "laptop")
     config = CIFAR10["get_config"](preset)
     config.data.name = "images"
+    config.data.kind = "image"  # also of a set of tensorflow-datasets, tfds:NAME
     config.data.size = 32
 
     # All that follows from the size does so after the command line has changed it.
@@ -39,7 +41,7 @@ def get_config(preset: str = "") -> ConfigDict:
     config.model.context = size * size * 3
     config.model.position_shape = ()  # rows, columns and colours
     if preset == "laptop":
-        config.model.patterns = "Strided(" + row + ")"
+        config.model.patterns = "Local(" + row + "), Columns(" + row + ")"
         return config
     local = ", Local(" + row + ")"
     config.model.patterns = "Columns(" + row + ")" + local + local + local

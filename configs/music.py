@@ -61,9 +61,10 @@ def shrink(config: ConfigDict) -> None:
     """Make it a small model, for two minutes on two CPU cores."""
     config.model.context = 4096
     config.model.layers = 2
-    config.model.width = 64
-    config.model.heads = 2
-    config.model.patterns = "Strided(64)"
+    config.model.width = 96
+    config.model.heads = 3
+    config.model.feed_forward = 256
+    config.model.patterns = "Local(64), Columns(64)"
     config.model.embedding_std = 0.1
     config.model.remat = "none"
     config.model.dtype = "float32"  # CPUs have no fast bfloat16
@@ -74,7 +75,7 @@ def shrink(config: ConfigDict) -> None:
     config.optim.beta2 = 0.95
 
     config.train.batch_size = 2
-    config.train.steps = 400
-    config.eval.every_steps = 200
+    config.train.steps = 450
+    config.eval.every_steps = 150
     config.eval.max_windows = 32
-    config.checkpoint.every_steps = 200
+    config.checkpoint.every_steps = 150

@@ -110,6 +110,12 @@ def _cifar10(path: str, data_folder: str) -> Splits:
             for split, images in (("train", pieces.train), ("test", pieces.test))
         }
     (train, index_N), (test, _) = found["train"], found["test"]
+    if len(train) > cifar.PUBLISHED["train"]:
+        raise UserError(
+            f"{source} has {len(train):,} training images, and CIFAR-10 has "
+            f"{cifar.PUBLISHED['train']:,}; read it with data.name='tfds:cifar10' and "
+            "data.kind='image'"
+        )
     held = held_out(HELD_OUT["cifar10"], cifar.PUBLISHED["train"])[index_N]
     parts = [train[~held], train[held], test]
     whole = cifar.PUBLISHED["train"] - HELD_OUT["cifar10"]

@@ -108,9 +108,13 @@ def prepare(
         )
     sizes = ", ".join(f"{split} {len(splits[split]):,}" for split in splits)
     say(f"{'already there' if there else 'prepared'}: {builder.data_dir} ({sizes})")
-    if kind != "images":
-        more = f" --config.data.path={data_dir}" if data_dir else ""
-        say(f"train on it with --config.data.name=tfds:{name}{more}")
+    more = f" --config.data.path={data_dir}" if data_dir else ""
+    if kind == "images":
+        height, *rest = splits["train"].shape[1:]
+        if rest != [height, 3]:  # which the trainer does not take
+            return
+        more += f" --config.data.size={height} --config=configs/images.py"
+    say(f"train on it with --config.data.name=tfds:{name}{more}")
 
 
 def _bytes(kind: str, path: str, folder: str) -> dict[str, np.ndarray]:
