@@ -116,10 +116,9 @@ def test_what_belongs_to_another_kind_is_a_sentence(exported_model, tmp_path):
                 sampled(folder, tmp_path, **{f"sample__{name}": value})
 
 
+@pytest.mark.parametrize("exported_model", ["image"], indirect=True)
 def test_images_are_completed_and_the_given_rows_are_marked(exported_model, tmp_path):
-    kind, folder = exported_model
-    if kind != "image":
-        pytest.skip("of images")
+    _, folder = exported_model
     rng = np.random.default_rng(0)
     (tmp_path / "data").mkdir()
     pixels = rng.integers(0, 256, (30, SIZE, SIZE, 3)).astype(np.uint8)
@@ -159,10 +158,9 @@ def test_sheets_are_about_square_and_hold_every_image():
     assert not (sheet == MARK).all(axis=-1).any()
 
 
+@pytest.mark.parametrize("exported_model", ["audio"], indirect=True)
 def test_audio_goes_on_from_what_is_given(exported_model, tmp_path):
-    kind, folder = exported_model
-    if kind != "audio":
-        pytest.skip("of audio")
+    _, folder = exported_model
     recording(tmp_path / "long.wav", 100)
     data = {"data__path": str(tmp_path / "long.wav"), "data__folder": str(tmp_path)}
     two = {"sample__number": 1, "sample__given_seconds": 1.0, "sample__seconds": 1.5}
@@ -192,10 +190,9 @@ def test_audio_goes_on_from_what_is_given(exported_model, tmp_path):
             sampled(folder, tmp_path / "out", **wrong)
 
 
+@pytest.mark.parametrize("exported_model", ["text"], indirect=True)
 def test_what_is_damaged_or_another_models_is_a_sentence(exported_model, tmp_path):
-    kind, folder = exported_model
-    if kind != "text":
-        pytest.skip("one kind is enough")
+    _, folder = exported_model
     with pytest.raises(UserError, match=r"width=32, but the model .*width=16"):
         sampled(folder, tmp_path, model__width=32, model__qk_width=32)
     with pytest.raises(UserError, match=r"holds no exported model .*--mode=export"):
