@@ -162,8 +162,7 @@ def read_record(path: Path, format: str, keys: set[str]) -> dict[str, Any] | Non
     except (ValueError, KeyError, TypeError):
         pass
     raise UserError(
-        f"{path} is not the configuration of a {format}; name another folder, or an "
-        "empty or a new one"
+        f"{path} is not the configuration of a {format}; name an empty or a new folder"
     )
 
 
