@@ -193,6 +193,26 @@ def train_step_table(result: dict) -> str:
     return f"{_markdown(lines)}\n\n{_on(result)} {note}"
 
 
+def sampling_table(result: dict) -> str:
+    """A line a model, pattern and number of rows."""
+    head = "model, pattern, at once, bytes/s, ms a byte (share of memory bandwidth)"
+    head = [*head.split(", "), "seconds in all"]
+    lines = [head]
+    for row in result["rows"]:
+        at = [
+            f"{row['ms_at'][str(p)]:.2f}"
+            + (f" ({row['bandwidth_at'][str(p)]:.0%})" if row["bandwidth_at"] else "")
+            + f" at {p:,}"
+            for p in row.get("asked", [])
+        ]
+        seconds = row["batch_size"] * row["context"] / row["bytes_per_s"]
+        line = [row["model"], f"`{row['pattern']}`", str(row["batch_size"])]
+        lines.append(
+            [*line, f"{row['bytes_per_s']:,.0f}", ", ".join(at), f"{seconds:.1f}"]
+        )
+    return f"{_markdown(lines)}\n\n{_on(result)}"
+
+
 def _on(result: dict) -> str:
     versions = result["versions"]
     if not isinstance(versions, str):
@@ -221,6 +241,8 @@ def tables() -> dict[str, str]:
             made["crossover"] = crossover_table(result["crossover"])
     if result := _result("train_step"):
         made["train_step"] = train_step_table(result)
+    if result := _result("sampling"):
+        made["sampling"] = sampling_table(result)
     return made
 
 

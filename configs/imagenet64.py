@@ -1,13 +1,16 @@
 """ImageNet 64x64: the paper's 152M image model (Child et al. 2019, table 1).
 
-    python -m sparse_flax.main --config=configs/imagenet64.py --mode=dry_run
+    python -m sparse_flax.main --config=configs/imagenet64.py --config.data.path=PATH
+
+PATH is where tensorflow-datasets has downsampled_imagenet/64x64, a folder with the npz
+batches of image-net.org (other images than the paper's, which score lower), or a folder
+of pictures; without it they are looked for in data/imagenet64, and then in
+tensorflow-datasets' own folder.
 
 Paper: 3.44 bits per dim, strided attention with stride 128, 70 epochs, 7 days on 64
-V100s. Chosen here, as in the authors' later code: the order of the layers, batch size
-128 and the learning rate.
-
-The model builds and --mode=dry_run prints its size. It cannot be trained yet: nothing
-here reads images.
+V100s. Ours: not yet trained. As in the authors' later code, where the paper is silent:
+the order of the layers, batch size 128, the learning rate, 50,000 of the training
+images held out for validation, and the public validation images to test on.
 
 Presets:
     302m    96 layers, the model of the paper's samples
@@ -37,5 +40,7 @@ def get_config(preset: str = "") -> ConfigDict:
 
     config.train.batch_size = 128
     config.train.steps = 673_285  # 70 epochs of 1,231,149 images
+    config.eval.every_steps = 5000
+    config.eval.max_windows = 2000  # of validation's 50,000; 0 for what is reported
     config.eval.sample_bytes = 0
     return config

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from sparse_flax import __version__, devices
 from sparse_flax.config import explain_attention
+from sparse_flax.data.bigram import Floor
 from sparse_flax.data.bytes import Splits
 from sparse_flax.model import ModelConfig, SparseTransformer, parameter_count
 from sparse_flax.workdir import WorkDir
@@ -54,11 +55,11 @@ def show(
     )
     for warning in unused_accelerators():
         say(f"WARNING: {warning}")
-    sizes = ", ".join(
-        f"{name} {getattr(splits, name).size:,}"
-        for name in ("train", "validation", "test")
-    )
-    say(f"data               {splits.source}: {sizes} bytes")
+    names = "train", "validation", "test"
+    *first, last = (f"{name} {splits.amount(name)}" for name in names)
+    unit = " " + last.rpartition(" ")[2]  # once is enough
+    sizes = ", ".join([*(amount.removesuffix(unit) for amount in first), last])
+    say(f"data               {splits.source}: {sizes}")
     model = jax.eval_shape(
         lambda key: SparseTransformer(model_config, key), jax.random.key(0)
     )
@@ -82,17 +83,17 @@ def show(
     )
 
 
-def show_result(say: Say, rows: list[dict[str, Any]], bigram: float) -> None:
-    """Print the scores of a finished run beside that of a bigram table."""
+def show_result(say: Say, rows: list[dict[str, Any]], floor: Floor, unit: str) -> None:
+    """Print the scores of a finished run, in bits by the unit, beside the floor."""
     scores = [row for row in rows if row["split"] == "validation"]
     test = [row for row in rows if row["split"] == "test"][-1]
     first, last = (f"{scores[i]['bits_per_byte']:.3f}" for i in (0, -1))
     say(
-        f"validation         {first} bits/byte at step {scores[0]['step']:,}, {last} "
+        f"validation         {first} bits/{unit} at step {scores[0]['step']:,}, {last} "
         f"at step {scores[-1]['step']:,} ({scores[-1]['weights']} weights)"
     )
-    say(f"bigram table       {bigram:.3f} bits/byte on the same windows")
-    say(f"test               {test['bits_per_byte']:.3f} bits/byte")
+    say(f"{floor.what:<18} {floor.bits:.3f} bits/{unit} on the same windows")
+    say(f"test               {test['bits_per_byte']:.3f} bits/{unit}")
 
 
 def show_files(say: Say, workdir: WorkDir, step: int, samples: str) -> None:

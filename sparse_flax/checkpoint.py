@@ -199,6 +199,41 @@ class Checkpointer:
         structure = jax.tree.structure(abstract_part)
         return jax.tree.unflatten(structure, [leaves[name] for name in wanted])
 
+    def read_part(self, step: int, part: str, abstract_part: Any) -> Any | None:
+        """Do as `restore_part` does, but say of a damaged one that it is passed over.
+
+        Returns None then. Raises UserError if it is another model's.
+        """
+        try:
+            return self.restore_part(step, part, abstract_part)
+        except DamagedError as error:
+            # A running job deletes its oldest ones.
+            gone = step not in self.steps()
+            why = "was deleted meanwhile" if gone else f"is damaged ({error})"
+            self._say(f"checkpoint {step} {why} and is passed over")
+            return None
+
+    def newest_whole(
+        self, part: str, abstract_part: Any, step: int | None = None
+    ) -> tuple[int, Any]:
+        """Return the step and a part of the newest checkpoint that can be read.
+
+        Args:
+          part, abstract_part: as for `restore_part`.
+          step: try this one alone.
+
+        Raises:
+          UserError: there is none, or it is another model's.
+        """
+        for candidate in self.candidates(step):
+            found = self.read_part(candidate, part, abstract_part)
+            if found is not None:
+                return candidate, found
+        raise UserError(
+            f"no checkpoint in {self._directory} could be read; nothing was moved or "
+            "deleted"
+        )
+
     def _try_to_read(
         self, step: int, wanted: dict[str, Any], prefix: str = ""
     ) -> dict[str, jax.Array]:

@@ -40,9 +40,15 @@ def defaults() -> ConfigDict:
         {
             "seed": 0,  # of parameters, data order and dropout
             "data": {
-                "name": "bytes",  # stdlib | enwik8 | text8 | bytes | tfds:NAME
+                # stdlib | enwik8 | text8 | bytes | cifar10 | imagenet64 | images |
+                # audio | tfds:NAME
+                "name": "bytes",
                 "path": "",  # a file or folder; '': data.folder, of tfds: TFDS' own
-                "folder": "data",  # where downloads go and are looked for
+                "folder": "data",  # where downloads and the cache are looked for
+                "kind": "",  # text | image | audio; '': as the name says, of tfds: text
+                "size": 0,  # of images, height and width; 0: 32 or 64 by their name
+                "rate": 12000,  # of audio, samples a second
+                "bad_files": "skip",  # skip | refuse images or audio that do not read
             },
             "model": {
                 "context": 2048,  # tokens
@@ -91,8 +97,11 @@ def defaults() -> ConfigDict:
             },
             "sample": {  # of --mode=sample; the weights are those of eval.weights
                 "prompt": "",  # what to continue; '': from the start of a window
-                "prompt_file": "",  # or the file that holds it
-                "count": 256,  # bytes
+                "prompt_file": "",  # or the file that holds it: text, picture or sound
+                "count": 256,  # bytes of text
+                "rows": 0,  # of images: first rows given, of held-out ones; 0: none
+                "given_seconds": 0.0,  # of audio: first ones given, of held-out clips
+                "seconds": 0.0,  # of audio, to sample; 0: as many as fit
                 "number": 1,  # of samples
                 "temperature": 1.0,  # divides the logits; the paper's is 1
                 "top_k": 0,  # of so many of the likeliest bytes only; 0: of all
@@ -114,6 +123,17 @@ def defaults() -> ConfigDict:
             },
         }
     )
+
+
+def completed(saved: dict[str, Any]) -> ConfigDict:
+    """Return a configuration that was saved as JSON; what is newer has its default."""
+    flat, config = flatten(saved), defaults()
+    for name, default in flatten(config.to_dict()).items():
+        value = flat.get(name, default)
+        # JSON has no tuples.
+        value = tuple(value) if isinstance(value, list) else value
+        config.update_from_flattened_dict({name: value})
+    return config
 
 
 def check_preset(preset: str, *presets: str) -> str:
@@ -177,8 +197,16 @@ def explain_attention(
         raise UserError(f"model.attention: {error}") from None
 
 
-def changes(old: dict[str, Any], new: ConfigDict) -> list[str]:
+def changes(
+    old: dict[str, Any],
+    new: ConfigDict,
+    owner: str = "the run in this working directory",
+    another: str = "another --workdir",
+) -> list[str]:
     """Compare a run's saved configuration with the one it is to go on with.
+
+    `owner` and `another` are how a sentence calls what `old` is of, and what else to
+    try.
 
     Returns:
       A line for each option that differs, as 'train.steps: 100 -> 200'.
@@ -195,9 +223,8 @@ def changes(old: dict[str, Any], new: ConfigDict) -> list[str]:
     for name, (a, b) in changed.items():
         if name in FIXED:  # which come first, and the causes before what they derive
             raise UserError(
-                f"{name}={b!r}, but the run in this working directory has {name}="
-                f"{a!r}, which cannot change once parameters exist; use {a!r}, or "
-                "another --workdir"
+                f"{name}={b!r}, but {owner} has {name}={a!r}, which cannot change once "
+                f"parameters exist; use {a!r}, or {another}"
             )
     # Data are compared by content, and the scale is in the checkpoint.
     return [

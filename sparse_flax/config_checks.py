@@ -9,11 +9,15 @@ from ml_collections import ConfigDict
 from sparse_flax import attention
 from sparse_flax.config import defaults, flatten
 from sparse_flax.errors import UserError
+from sparse_flax.evaluate import UNITS
 from sparse_flax.model import INITS, REMAT
+from sparse_flax.state import WEIGHTS
 
 DTYPES = ("bfloat16", "float16", "float32")
-WEIGHTS = ("ema", "raw")
 SPLITS = ("test", "validation")
+KINDS = {"cifar10": "image", "imagenet64": "image", "images": "image", "audio": "audio"}
+SIZES = {"cifar10": 32, "imagenet64": 64}  # of images, where it is given
+BAD_FILES = ("skip", "refuse")
 
 
 def finalize(config: ConfigDict) -> tuple[ConfigDict, list[str]]:
@@ -26,6 +30,7 @@ def finalize(config: ConfigDict) -> tuple[ConfigDict, list[str]]:
       UserError: the first value that breaks a rule, the rule, the nearest valid value.
     """
     config, notices = ConfigDict(config.to_dict()), []
+    _check_data(config)
     _check_numbers(config)
     _check_choices(config)
     _check_model(config.model)
@@ -36,6 +41,17 @@ def finalize(config: ConfigDict) -> tuple[ConfigDict, list[str]]:
             f"{config.model.context}, which is what a window holds; try "
             f"{config.model.context - 1}"
         )
+    if config.eval.min_context and config.data.kind == "image":
+        raise UserError(
+            f"eval.min_context={config.eval.min_context} is for streams of text or "
+            "audio, and each image is scored as a whole; use 0"
+        )
+    if config.eval.sample_bytes and config.data.kind != "text":
+        notices.append(
+            f"eval.sample_bytes={config.eval.sample_bytes} is for text, and "
+            f"data.kind={config.data.kind!r}: nothing is sampled at the end of training"
+        )
+        config.eval.sample_bytes = 0
     # As many rows as fit while training.
     rows = config.train.batch_size // config.train.accumulate
     config.eval.batch_size = config.eval.batch_size or rows
@@ -68,6 +84,7 @@ AT_LEAST_1 = [
     "train.steps",
     "train.batch_size",
     "train.accumulate",
+    "data.rate",
     "eval.samples",
     "sample.count",
     "sample.number",
@@ -79,6 +96,7 @@ AT_LEAST_1 = [
 ]
 AT_LEAST_0 = [
     "seed",
+    "data.size",
     "model.qk_width",
     "model.feed_forward",
     "optim.warmup_steps",
@@ -92,6 +110,9 @@ AT_LEAST_0 = [
     "eval.sample_bytes",
     "checkpoint.every_steps",
     "sample.top_k",
+    "sample.rows",
+    "sample.given_seconds",
+    "sample.seconds",
     "sample.seed",
 ]
 ABOVE_0 = [
@@ -138,12 +159,44 @@ def _check_choices(config: ConfigDict) -> None:
         ("model.dtype", config.model.dtype, DTYPES),
         ("model.remat", config.model.remat, tuple(REMAT)),
         ("model.attention", config.model.attention, ("", *attention.IMPLEMENTATIONS)),
-        ("eval.weights", config.eval.weights, WEIGHTS),
+        ("eval.weights", config.eval.weights, tuple(WEIGHTS)),
         ("eval.split", config.eval.split, SPLITS),
+        ("data.kind", config.data.kind, ("", *UNITS)),
+        ("data.bad_files", config.data.bad_files, BAD_FILES),
     ):
         if value not in choices:
             listed = ", ".join(repr(choice) for choice in choices)
             raise UserError(f"{name}={value!r} must be one of {listed}")
+
+
+def _check_data(config: ConfigDict) -> None:
+    """Derive what kind the data are of, and for images how many bytes make one."""
+    data, m = config.data, config.model
+    kind = KINDS.get(data.name, "text")
+    if data.name.startswith("tfds:") and data.kind != "audio":
+        kind = data.kind or kind
+    elif data.kind not in ("", kind):
+        raise UserError(
+            f"data.kind={data.kind!r} contradicts data.name={data.name!r}, which is "
+            f"{kind!r}; use ''"
+        )
+    data.kind = kind
+    if kind != "image":
+        return
+    fixed = SIZES.get(data.name, 0)
+    data.size = data.size or fixed
+    if data.size < 1 or (fixed and data.size != fixed):
+        raise UserError(
+            f"data.size={data.size} is no height of data.name={data.name!r}; use "
+            f"{fixed or 32}"
+        )
+    bytes_each = 3 * data.size**2
+    if m.context != bytes_each:
+        raise UserError(
+            f"model.context={m.context} must be the {bytes_each} bytes of an image, 3 "
+            f"colours of data.size={data.size} x {data.size} pixels; use {bytes_each}"
+        )
+    m.position_shape = m.position_shape or (data.size, data.size, 3)
 
 
 def _check_model(m: ConfigDict) -> None:

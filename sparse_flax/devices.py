@@ -39,6 +39,25 @@ DEVICES = {
     "TPU v3": (16.0, 61.5),
     "TPU v2": (8.0, 22.5),
 }
+# The vendor's memory bandwidth in TB/s, where a page of theirs has it.
+BANDWIDTHS = {
+    "B200": 8.0,
+    "H200": 4.8,
+    "H100 PCIe": 2.0,
+    "H100": 3.35,
+    "A100 80GB": 2.039,
+    "A100 40GB": 1.555,
+    "L40S": 0.864,
+    "L4": 0.3,
+    "A10G": 0.6,
+    "V100 32GB": 0.9,
+    "V100 16GB": 0.9,
+    "T4": 0.32,
+    "RTX 4090": 1.008,
+    "TPU v6e": 1.6,
+    "TPU v5p": 2.765,
+    "TPU v5e": 0.819,
+}
 # What `jax.Device.device_kind` calls some of them.
 KINDS = {
     "TPU7x": "TPU v7x",
@@ -68,6 +87,11 @@ def peak(device_kind: str) -> float | None:
     """Return a device's peak in FLOP/s, or None where we know of none (a CPU, say)."""
     name = _find(device_kind)
     return DEVICES[name][1] * 1e12 or None if name else None
+
+
+def bandwidth(device_kind: str) -> float | None:
+    """Return a device's memory bandwidth in bytes/s, or None where we know of none."""
+    return BANDWIDTHS.get(_find(device_kind), 0) * 1e12 or None
 
 
 def named(name: str) -> Budget:

@@ -18,10 +18,9 @@ from ml_collections import ConfigDict
 
 from sparse_flax import banner, evaluate, progress, state
 from sparse_flax import config as config_lib
-from sparse_flax.checkpoint import Checkpointer, DamagedError
+from sparse_flax.checkpoint import Checkpointer
 from sparse_flax.config_checks import finalize
-from sparse_flax.data import batches
-from sparse_flax.data import bytes as byte_data
+from sparse_flax.data import batches, sources
 from sparse_flax.errors import UserError
 from sparse_flax.metrics import first_not_finite, read_rows
 from sparse_flax.model import SparseTransformer
@@ -38,6 +37,7 @@ PAPER = {
     12096: 0.9922,
     12160: 0.9908,
 }
+PAPER_IMAGES = {"cifar10": "2.80", "imagenet64": "3.44"}  # bits per dim (table 1)
 POLL_SECONDS = 1.0
 
 
@@ -59,11 +59,12 @@ class EvalRun:
         self.model_config = config_lib.model_config(self.config)
         self.stop = StopRequest()
         data, mesh, options = self.config.data, self.config.mesh, self.config.eval
-        self.splits = byte_data.load(data.name, data.path, data.folder)
+        self.splits = sources.load(data)
         for change in self.folder.agree(self.config, self.splits):
             if change.startswith("model."):  # all else is of no consequence here
                 say(f"changed since the run: {change}")
         self.data = getattr(self.splits, options.split)
+        self.unit = evaluate.UNITS[data.kind]
         self.mesh = make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
         self.checkpoints = Checkpointer(self.folder.checkpoints, say=say)
         size, context = self.data.size, self.model_config.context
@@ -95,7 +96,8 @@ class EvalRun:
                 say(f"WARNING: {warning}")
         if self.splits.notice:
             say(f"NOTE: {self.splits.notice}")
-        say(f"data               {self.splits.source}: {options.split}, {size:,} bytes")
+        amount = self.splits.amount(options.split)
+        say(f"data               {self.splits.source}: {options.split}, {amount}")
         say(f"protocol           {self._protocol()}")
         if not self.whole:
             say(
@@ -106,6 +108,10 @@ class EvalRun:
 
     def _protocol(self) -> str:
         """Say in a sentence what is scored, and with how much context."""
+        if self.data.ndim == 2:
+            amount = self.splits.amount(self.protocol["split"])
+            part = "all" if self.whole else f"{self.windows:,} of"
+            return f"each image on its own, {part} {amount}, once"
         context, least = self.cut["context"], self.cut["min_context"]
         scored = self.protocol["bytes_scored"]
         parts = [
@@ -128,21 +134,15 @@ class EvalRun:
         Raises:
           UserError: there is none, or its score is not finite.
         """
-        candidates = self.checkpoints.candidates(step)
         self.stop.listen()
         try:
-            for candidate in candidates:
-                if self.score(candidate):
-                    return
-                if self.stop:
-                    self._say_stopped()
-                    return
+            with jax.set_mesh(self.mesh):
+                step, model = self.checkpoints.newest_whole(*self._part(), step)
+            if not self.stop and self.score(step, model):
+                return
+            self._say_stopped()
         finally:
             self.stop.ignore()
-        raise UserError(
-            f"no checkpoint in {self.folder.checkpoints} could be read; nothing was "
-            "moved or deleted"
-        )
 
     def follow(self) -> None:
         """Score each checkpoint once, oldest first, until the run has ended.
@@ -161,7 +161,10 @@ class EvalRun:
             while not self.stop:
                 there = self.checkpoints.steps()
                 if new := [step for step in there if step not in done]:
-                    self.score(new[0])
+                    with jax.set_mesh(self.mesh):
+                        model = self.checkpoints.read_part(new[0], *self._part())
+                    if model is not None:
+                        self.score(new[0], model)
                     done.add(new[0])
                     continue
                 newest, last = max(there, default=0), self._last_step()
@@ -185,23 +188,13 @@ class EvalRun:
 
     # ---- One checkpoint ------------------------------------------------------------
 
-    def score(self, step: int) -> dict[str, Any] | None:
-        """Score a checkpoint, say so and write a row; None if it cannot be read.
-
-        None also if told to stop.
+    def score(self, step: int, model: SparseTransformer) -> dict[str, Any] | None:
+        """Score a checkpoint, say so and write a row; None if told to stop.
 
         Raises:
           UserError: the score is not finite, or the row could not be written.
         """
         with jax.set_mesh(self.mesh):
-            try:
-                model = self.restore(step)
-            except DamagedError as error:
-                # A running job deletes its oldest ones.
-                gone = step not in self.checkpoints.steps()
-                why = "was deleted meanwhile" if gone else f"is damaged ({error})"
-                self.say(f"checkpoint {step} {why} and is passed over")
-                return None
             self.say(f"evaluating checkpoint {step}: {self.windows:,} windows")
             began = time.monotonic()
             rows = self.config.eval.batch_size
@@ -218,38 +211,44 @@ class EvalRun:
             if not math.isfinite(score):
                 raise UserError(
                     f"checkpoint {step}: the {self.protocol['split']} score is {score} "
-                    f"bits per byte; {first_not_finite(model, [])}; try "
+                    f"bits per {self.unit}; {first_not_finite(model, [])}; try "
                     "--config.model.dtype=float32"
                 )
         row = {
             "step": step,
             **self.protocol,
             "bits_per_byte": score,
+            "unit": f"bits per {self.unit}",
             "seconds": seconds,
             "bytes_per_s": self.protocol["bytes_scored"] / seconds,
         }
         self._append(row)
         self.say(
-            f"step {step:,}: {row['split']} {score:.4f} bits/byte ({row['weights']} "
-            f"weights; {self._protocol()}; {progress.duration(seconds)}, "
+            f"step {step:,}: {row['split']} {score:.4f} bits/{self.unit} "
+            f"({row['weights']} weights; {self._protocol()}; "
+            f"{progress.duration(seconds)}, "
             f"{row['bytes_per_s']:,.0f} bytes/s)"
         )
         if paper := self._paper():
-            self.say(f"the paper's table 3 has {paper:.4f} for this protocol")
+            self.say(f"the paper has {paper} for this protocol")
         return row
 
-    def restore(self, step: int) -> SparseTransformer:
-        """Return the chosen weights of a checkpoint, on the mesh that is set."""
-        field = "ema" if self.protocol["weights"] == "ema" else "model"
-        abstract = state.abstract_model(self.model_config)
-        return self.checkpoints.restore_part(step, field, abstract)
+    def _part(self) -> tuple[str, SparseTransformer]:
+        """Return the field of the chosen weights, and what is to be read for it."""
+        field = state.WEIGHTS[self.protocol["weights"]]
+        return field, state.abstract_model(self.model_config)
 
-    def _paper(self) -> float | None:
+    def _paper(self) -> str | None:
         """Return the figure that the score is comparable with, if there is one."""
         row = self.protocol
-        same = row["split"] == "test" and row["context"] == 12288 and row["whole"]
-        if same and self.splits.name == "enwik8" and not self.splits.notice:
-            return PAPER.get(row["min_context"])
+        if row["split"] != "test" or not row["whole"] or self.splits.notice:
+            return None
+        if self.splits.name == "enwik8" and row["context"] == 12288:
+            least = row["min_context"]
+            return f"{PAPER[least]:.4f}" if least in PAPER else None
+        published = self.splits.published.get("test")
+        if published and published == len(self.data):
+            return PAPER_IMAGES.get(self.splits.name)
         return None
 
     def _append(self, row: dict[str, Any]) -> None:

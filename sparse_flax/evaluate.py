@@ -18,6 +18,9 @@ from sparse_flax.sharding import put_batch, split_batch
 
 Batch = dict[str, np.ndarray]
 
+# What bits are counted by, for each data.kind: a dim is a colour of a pixel, one byte.
+UNITS = {"text": "byte", "image": "dim", "audio": "byte"}
+
 
 def cross_entropy(logits_BTN: jax.Array, targets_BT: jax.Array) -> jax.Array:
     """Return the cost of each byte in nats, [B, T] float32."""

@@ -1,8 +1,7 @@
 """Sample byte by byte: the prompt in one pass, then a loop that stays on the device.
 
 What earlier bytes leave behind is kept in caches (`attention/decode.py`), one for each
-place in the cycle of patterns, stacked over the cycles. A step reads of them what its
-byte sees.
+layer; a step (`decoder.py`) reads of them what its byte sees.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_flax.attention import decode, sparse_attention
+from sparse_flax.decoder import decoder, prefill, step
 from sparse_flax.model import START, SparseTransformer
 from sparse_flax.progress import duration
 from sparse_flax.sharding import batch_shards, whole
@@ -27,8 +26,6 @@ SMALLEST = 64
 # A call reads of the caches what is before its end, in quarters of the length, or the
 # start of a long sequence would cost as much as its end. Each one is compiled.
 SMALLEST_QUARTER = 1024
-
-Caches = tuple[decode.Cache, ...]
 
 
 def generate(
@@ -50,7 +47,8 @@ def generate(
       prompts: each begins a window, as in training; it may be empty. They are read in
         parallel as far as the shortest goes, so give long ones of about one length.
       count: how many bytes; prompt and sample together must fit the context.
-      seed: row n has the seed `seed + n`: it gets the same bytes alone as in a batch.
+      seed: row n has the seed `seed + n`, and gets the same bytes alone as in a batch
+        where the device rounds both alike.
       temperature: divides the logits, above 0; the paper samples at 1.
       top_k: sample from so many of the likeliest bytes only; 0: from all.
       top_p: then from the fewest likeliest ones that have this share of the
@@ -73,15 +71,15 @@ def generate(
     bytes_BT = np.zeros((B, T), np.int32)
     for row, n in enumerate(rows):
         bytes_BT[row, : lengths[n]] = np.frombuffer(prompts[n], np.uint8)
-    keys = tuple(jax.random.key(seed + n) for n in rows)
+    keys_B = jnp.stack([jax.random.key(seed + n) for n in rows])
     lengths_B = np.array([lengths[n] for n in rows], np.int32)
     filters = (top_k or model.config.vocabulary, top_p)
     if filters == (model.config.vocabulary, 1):
         filters = None
 
     read = bytes_BT[:, : _size(max(begin, 1), model.config.context)]
-    model = _in_compute_dtype(model)
     caches = prefill(model, inputs(read), begin, T=T)
+    weights = decoder(model)
     bytes_BT = jnp.asarray(bytes_BT)
     started = said = time.monotonic()
     done = begin
@@ -89,12 +87,12 @@ def generate(
         first, done = done, min(done + BYTES_PER_CALL, end)
         quarter = max(T // 4, SMALLEST_QUARTER)
         bytes_BT, caches = _sample(
-            model,
+            weights,
             caches,
             bytes_BT,
             (first, done),
             lengths_B,
-            keys,
+            keys_B,
             temperature,
             filters,
             reach=min(done + -done % quarter, T),
@@ -111,84 +109,39 @@ def generate(
     ]
 
 
+def as_bytes(prompt: bytes | np.ndarray) -> bytes:
+    """Return integers from 0 to 255 as bytes, and bytes as they are.
+
+    Raises ValueError for anything else.
+    """
+    if isinstance(prompt, bytes):
+        return prompt
+    values = np.asarray(prompt)
+    if values.size and (
+        values.ndim != 1
+        or not np.issubdtype(values.dtype, np.integer)
+        or not 0 <= values.min() <= values.max() <= 255
+    ):
+        raise ValueError(
+            f"a prompt of {values.dtype} {list(values.shape)} from {values.min()} to "
+            f"{values.max()} is not bytes; give integers [P] from 0 to 255"
+        )
+    return values.astype(np.uint8).tobytes()
+
+
 def inputs(bytes_BT: np.ndarray) -> np.ndarray:
     """Return what the model is given to predict each byte: the one before it."""
     return np.pad(bytes_BT, [(0, 0), (1, 0)], constant_values=START)[:, :-1]
 
 
-@functools.partial(jax.jit, static_argnames="T")
-def prefill(model: SparseTransformer, inputs_BT, length, *, T: int) -> Caches:
-    """Run the first `length` inputs at once, for caches of sequences of up to T.
-
-    Args:
-      model: the weights.
-      inputs_BT: as the model takes them; what follows `length` of them is ignored.
-      length: int32 scalar.
-      T: a whole number.
-
-    Returns:
-      A cache for each place in the cycle of patterns, stacked over the cycles.
-    """
-    config = model.config
-
-    def cycle(x_BTD, blocks_and_layers):
-        caches = []
-        for place, pattern in enumerate(config.patterns):
-            block = jax.tree.map(lambda w: w[place], blocks_and_layers[0])  # noqa: B023
-            q, k, v = block.qkv(x_BTD)
-            a_BTHV = sparse_attention(
-                q, k, v, pattern, implementation=config.implementation
-            )
-            x_BTD = block.after_attention(x_BTD, a_BTHV)
-            caches.append(decode.prefill(pattern, T, k, v, length))
-        return x_BTD, tuple(caches)
-
-    return jax.lax.scan(cycle, model.embed(inputs_BT), model.cycles())[1]
-
-
-def step(
-    model: SparseTransformer, caches: Caches, input_B, position, reach: int
-) -> tuple[jax.Array, Caches]:
-    """Return the logits [B, 256] after one more input, float32, and the caches with it.
-
-    Args:
-      model: the weights.
-      caches: of the inputs before `position`.
-      input_B: the input at `position`, an int32 scalar below `reach`.
-      reach: as for `decode.step`.
-    """
-
-    def cycle(x_and_caches, blocks_and_number):
-        (x_BTD, caches), (blocks, number) = x_and_caches, blocks_and_number
-        caches = list(caches)
-        for place, cache in enumerate(caches):
-            block = jax.tree.map(lambda w: w[place], blocks)  # noqa: B023
-            q, k, v = (x[:, 0] for x in block.qkv(x_BTD))
-            # The stacked caches are carried, not scanned over: they stay in place.
-            a_BHV, caches[place] = decode.step(
-                cache, q, k, v, position, layer=number, reach=reach
-            )
-            x_BTD = block.after_attention(x_BTD, a_BHV[:, None])
-        return (x_BTD, tuple(caches)), None
-
-    blocks, layers = model.cycles()
-    x_B1D = model.embed(input_B[:, None], position)
-    (x_B1D, caches), _ = jax.lax.scan(
-        cycle,
-        (x_B1D, caches),
-        (blocks, jnp.arange(len(layers))),
-    )
-    return model.logits(x_B1D)[:, 0], caches
-
-
 @functools.partial(jax.jit, static_argnames="reach", donate_argnums=(1, 2))
 def _sample(
-    model,
+    weights,
     caches,
     bytes_BT,
     first_and_end,
     lengths_B,
-    keys,
+    keys_B,
     temperature,
     filters,
     *,
@@ -200,7 +153,7 @@ def _sample(
         bytes_BT, caches = bytes_and_caches
         before_B = jax.lax.dynamic_index_in_dim(bytes_BT, position - 1, 1, False)
         input_B = jnp.where(position == 0, START, before_B)
-        logits_BN, caches = step(model, caches, input_B, position, reach)
+        logits_BN, caches = step(weights, caches, input_B, position, reach)
         logits_BN = whole(logits_BN) / temperature
         if filters is not None:
             logits_BN = likeliest(logits_BN, *filters)
@@ -208,7 +161,7 @@ def _sample(
             lambda key, logits_N: jax.random.categorical(
                 jax.random.fold_in(key, position), logits_N
             )
-        )(jnp.stack(keys), logits_BN)
+        )(keys_B, logits_BN)
         given_B = jax.lax.dynamic_index_in_dim(bytes_BT, position, 1, False)
         byte_B = jnp.where(position < lengths_B, given_B, byte_B)
         bytes_BT = jax.lax.dynamic_update_index_in_dim(bytes_BT, byte_B, position, 1)
@@ -234,17 +187,6 @@ def likeliest(logits_BN: jax.Array, top_k, top_p) -> jax.Array:
 
 def _size(length: int, context: int) -> int:
     return min(max(1 << (length - 1).bit_length(), SMALLEST), context)
-
-
-@jax.jit
-def _in_compute_dtype(model: SparseTransformer) -> SparseTransformer:
-    """Cast once what every step would cast: all but the norms, which are float32."""
-
-    def cast(path, x):
-        norm = "norm" in jax.tree_util.keystr(path)
-        return x if norm else x.astype(model.config.dtype)
-
-    return jax.tree_util.tree_map_with_path(cast, model)
 
 
 def _check(model, prompts, count, temperature, top_k, top_p) -> None:

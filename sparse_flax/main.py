@@ -20,10 +20,11 @@ _CONFIG = config_flags.DEFINE_config_file(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "eval", "sample", "dry_run"],
+    ["train", "eval", "sample", "export", "dry_run"],
     "train: train, or go on training. eval: bits per byte of a run's checkpoint, by "
-    "config.eval. sample: continue a text, by config.sample. (Of both: without "
-    "--config, what the run was trained with.) dry_run: print sizes and costs, and "
+    "config.eval. sample: text, images or audio, by config.sample. export: write a "
+    "checkpoint's weights into a small folder, --model. (Of these: without --config, "
+    "what the run was trained with.) dry_run: print sizes and costs, and "
     "whether it fits (exit status 1 if not), and run nothing.",
 )
 _FOLLOW = flags.DEFINE_bool(
@@ -32,7 +33,13 @@ _FOLLOW = flags.DEFINE_bool(
 _CHECKPOINT_STEP = flags.DEFINE_integer(
     "checkpoint_step",
     None,
-    "--mode=eval or sample: which checkpoint; the newest by default.",
+    "--mode=eval, sample or export: which checkpoint; the newest by default.",
+)
+_MODEL = flags.DEFINE_string(
+    "model",
+    None,
+    "The folder of an exported model. --mode=sample: sample from it instead of a run. "
+    "--mode=export: write it.",
 )
 _DEVICE = flags.DEFINE_string(
     "device",
@@ -47,16 +54,20 @@ _PROFILE = flags.DEFINE_integer(
     lower_bound=0,
 )
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where everything is written; runs/<config name> by default."
+    "workdir",
+    None,
+    "Where everything is written; runs/<config name> by default, and for --mode=sample "
+    "--model=FOLDER samples/<its name>.",
 )
 
-OF_A_RUN = ["eval", "sample"]
+OF_A_RUN = ["eval", "sample", "export"]
 OF_SOME_MODES = {
     "follow": ["eval"],
-    "checkpoint_step": ["eval", "sample"],
+    "checkpoint_step": ["eval", "sample", "export"],
+    "model": ["sample", "export"],
     "device": ["dry_run"],
     "profile": ["train"],
-    "workdir": ["train", "eval", "sample"],
+    "workdir": ["train", "eval", "sample", "export"],
 }
 
 
@@ -67,6 +78,8 @@ def main(argv: list[str]) -> int:
     if _CONFIG.value is None:
         of_a_run = _MODE.value in OF_A_RUN
         without = "; or name a run's --workdir" if of_a_run else ""
+        if _MODE.value == "sample":
+            without += ", or a --model"
         raise UserError(
             f"--config is missing; try --config=configs/quickstart.py{without}"
         )
@@ -79,6 +92,15 @@ def main(argv: list[str]) -> int:
     if _FOLLOW.value and _CHECKPOINT_STEP.value is not None:
         raise UserError(
             "--follow scores every checkpoint and --checkpoint_step one; leave one out"
+        )
+    if _MODE.value == "export" and not _MODEL.value:
+        raise UserError(
+            "--mode=export writes a model into a folder; name it with --model=FOLDER"
+        )
+    if _MODE.value == "sample" and _MODEL.value and _CHECKPOINT_STEP.value is not None:
+        raise UserError(
+            "--checkpoint_step is for a run, and --model holds one set of weights; "
+            "leave one out"
         )
     # Late, so that a mistake in the flags is answered before jax is loaded.
     if _MODE.value == "dry_run":
@@ -95,7 +117,17 @@ def main(argv: list[str]) -> int:
     if _MODE.value == "sample":
         from sparse_flax.sample_run import SampleRun
 
-        SampleRun(_CONFIG.value, workdir, say=_say).run(_CHECKPOINT_STEP.value)
+        if _MODEL.value:
+            workdir = _WORKDIR.value or str(Path("samples") / Path(_MODEL.value).name)
+        run = SampleRun(_CONFIG.value, workdir, model=_MODEL.value, say=_say)
+        run.run(_CHECKPOINT_STEP.value)
+        return 0
+    if _MODE.value == "export":
+        from sparse_flax import export_run
+
+        export_run.run(
+            _CONFIG.value, workdir, _MODEL.value, _CHECKPOINT_STEP.value, say=_say
+        )
         return 0
     from sparse_flax.train import Trainer
 
@@ -117,13 +149,15 @@ def add_saved_config(argv: list[str]) -> list[str]:
     """
     given: dict[str, str] = {}
     for flag, following in zip(argv[1:], [*argv[2:], ""], strict=True):
-        if found := re.match(r"--?(mode|workdir|config)(=|$)", flag):
+        if found := re.match(r"--?(mode|workdir|model|config)(=|$)", flag):
             given[found[1]] = flag[found.end() :] if found[2] else following
-    of_a_run = given.get("mode") in OF_A_RUN and given.get("workdir")
-    if not of_a_run or "config" in given:
+    folder = given.get("workdir", "")
+    if given.get("mode") == "sample" and given.get("model"):
+        folder = f"model:{given['model']}"
+    if given.get("mode") not in OF_A_RUN or not folder or "config" in given:
         return argv
     file = Path(__file__).with_name("saved_config.py")
-    return [argv[0], f"--config={file}:{given['workdir']}", *argv[1:]]
+    return [argv[0], f"--config={file}:{folder}", *argv[1:]]
 
 
 def parse_flags(argv: list[str]) -> list[str]:

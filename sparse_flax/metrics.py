@@ -19,6 +19,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from sparse_flax import devices, flops
+from sparse_flax.data.bigram import Floor
 from sparse_flax.model import ModelConfig
 from sparse_flax.workdir import WorkDir, write_atomically, writing
 
@@ -62,9 +63,9 @@ class MetricsLog:
         same = (values.items() <= row.items() for row in self.rows)
         return next(itertools.compress(self.rows, same), None)
 
-    def plot(self, path: Path, bigram: float | None = None) -> None:
-        """Draw the loss curve; `bigram` is a line to be below."""
-        plot_curve(self.rows, path, bigram)
+    def plot(self, path: Path, floor: Floor | None = None, unit: str = "byte") -> None:
+        """Draw the loss curve, in bits by the unit; `floor` is a line to be below."""
+        plot_curve(self.rows, path, floor, unit)
 
     def close(self) -> None:
         """Close what is open."""
@@ -161,8 +162,10 @@ def first_not_finite(model: Any, good_gradients: list[bool]) -> str:
     return "every parameter and gradient is finite, but what follows from them is not"
 
 
-def plot_curve(rows: list[dict[str, Any]], path: Path, bigram: float | None) -> None:
-    """Draw bits per byte against steps, training and validation, into a PNG."""
+def plot_curve(
+    rows: list[dict[str, Any]], path: Path, floor: Floor | None, unit: str
+) -> None:
+    """Draw bits against steps, training and validation, into a PNG."""
     # Not by pyplot, which needs a screen or takes a notebook's own away.
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -173,17 +176,17 @@ def plot_curve(rows: list[dict[str, Any]], path: Path, bigram: float | None) -> 
         points = [(r["step"], r["bits_per_byte"]) for r in rows if r["split"] == split]
         if points:
             axes.plot(*np.array(points).T, label=split, markersize=4, **style)
-    if bigram:
-        axes.axhline(bigram, color="#7f8c8d", linestyle="--", linewidth=1)
+    if floor:
+        axes.axhline(floor.bits, color="#7f8c8d", linestyle="--", linewidth=1)
         axes.annotate(
-            f"bigram table {bigram:.3f}",
-            (0.995, bigram),
+            f"{floor.what} {floor.bits:.3f}",
+            (0.995, floor.bits),
             xycoords=("axes fraction", "data"),
             ha="right",
             va="bottom",
             fontsize=8,
         )
-    axes.set(xlabel="step", ylabel="bits per byte", title=path.parent.name)
+    axes.set(xlabel="step", ylabel=f"bits per {unit}", title=path.parent.name)
     axes.grid(alpha=0.3)
     axes.legend()
     image = io.BytesIO()

@@ -37,6 +37,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from sparse_flax.attention import Pattern
@@ -151,22 +152,31 @@ class SparseTransformer(nnx.Module):
 
     def generate(
         self,
-        prompts: Sequence[bytes],
+        prompts: Sequence[bytes | np.ndarray],
         count: int,
         *,
         seed: int = 0,
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
-    ) -> list[bytes]:
-        """Continue each prompt by `count` bytes, as `generate.generate` says.
+    ) -> np.ndarray:
+        """Continue each prompt by `count` bytes, uint8 [N, count].
 
-        >>> model.generate([b"def ", b""], 100, temperature=0.9)
+        Prompts are bytes, or integers [N, P]: the first rows of images, the first
+        samples of clips. The rest is as `generate.generate` says.
+
+        >>> model.generate([b"def ", b""], 100, temperature=0.9)[0].tobytes()
+        >>> model.generate(images_NT[:, : 16 * 32 * 3], 16 * 32 * 3)  # the lower halves
+
+        Raises:
+          ValueError: an entry of a prompt is not from 0 to 255, or as `generate`.
         """
         from sparse_flax import generate  # late: it is written in terms of this module
 
+        given = [generate.as_bytes(prompt) for prompt in prompts]
         options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        return generate.generate(self, prompts, count, seed=seed, **options)
+        sampled = generate.generate(self, given, count, seed=seed, **options)
+        return np.frombuffer(b"".join(sampled), np.uint8).reshape(len(given), count)
 
     def embed(self, inputs_BT: jax.Array, place: jax.Array | None = None) -> jax.Array:
         """Embed each input byte with that byte's own position, never its target's.

@@ -58,12 +58,14 @@ def duration(seconds: float) -> str:
     return f"{s // 86400}d{s % 86400 // 3600:02d}h"
 
 
-def line(step: int, steps: int, row: dict[str, Any], seconds_left: float) -> str:
-    """Write the progress line of a training row."""
+def line(
+    step: int, steps: int, row: dict[str, Any], seconds_left: float, unit: str = "byte"
+) -> str:
+    """Write the progress line of a training row, in bits by the unit."""
     speed = row["tokens_per_s"]
     parts = [
         f"step {step:,}/{steps:,} ({step / steps:.1%})",
-        f"{row['bits_per_byte']:.3f} bits/byte",
+        f"{row['bits_per_byte']:.3f} bits/{unit}",
         f"lr {row['learning_rate']:.2e}",
         "skipped" if row["grad_norm"] is None else f"grad {row['grad_norm']:.2f}",
         f"{speed / 1e3:,.1f}k tok/s" if speed >= 1e3 else f"{speed:,.0f} tok/s",

@@ -1,8 +1,10 @@
-"""--mode=sample: what a run's checkpoint writes, also while it trains."""
+"""--mode=sample: what a run's checkpoint or an exported model makes.
+
+Of a run, also while it trains.
+"""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,38 +12,71 @@ import jax
 from ml_collections import ConfigDict
 
 from sparse_flax import config as config_lib
-from sparse_flax import sample, state
-from sparse_flax.checkpoint import Checkpointer, DamagedError
+from sparse_flax import exported, sample, sample_audio, sample_images, state
+from sparse_flax.checkpoint import Checkpointer
 from sparse_flax.config_checks import finalize
 from sparse_flax.errors import UserError
+from sparse_flax.generate import generate
+from sparse_flax.model import SparseTransformer
 from sparse_flax.sharding import make_mesh
 from sparse_flax.stopping import StopRequest
-from sparse_flax.workdir import RunFolder
+from sparse_flax.workdir import RunFolder, writing
+
+KINDS = {"text": sample, "image": sample_images, "audio": sample_audio}
+# What says anything for one kind of data only.
+OF_ONE_KIND = {
+    "prompt": "text",
+    "count": "text",
+    "rows": "image",
+    "given_seconds": "audio",
+    "seconds": "audio",
+}
+OPTIONS = ("temperature", "top_k", "top_p", "seed")  # of generate()
 
 
 class SampleRun:
-    """Continues a text by config.sample, into generated.txt of the run."""
+    """Samples text, images or audio by config.sample."""
 
     def __init__(
-        self, config: ConfigDict, workdir: str, say: Callable[[str], None] = print
+        self,
+        config: ConfigDict,
+        workdir: str,
+        say: Callable[[str], None] = print,
+        model: str | None = None,
     ):
-        """Find the run and the prompt.
+        """Find the weights and what is to be continued.
+
+        Args:
+          config: not yet finalized.
+          workdir: of the run, or where to write if a model is given.
+          say: called with each line that the user should read.
+          model: the folder of an exported model.
 
         Raises:
-          UserError: there is no such run, its model is another, or the prompt cannot be
-            read or leaves no room for the sample.
+          UserError: there is no such run or model, its architecture is another, or
+            what is given cannot be read or leaves no room for the sample.
         """
         self.say = say
-        say(f"working directory  {workdir}")
-        self.folder = RunFolder(workdir)
         self.config, _ = finalize(config)
-        config_lib.changes(self.folder.saved()["config"], self.config)  # or refuse
+        if model is None:
+            say(f"working directory  {workdir}")
+            run = RunFolder(workdir)
+            self.folder, self.saved = run.path, run.saved()
+            config_lib.changes(self.saved["config"], self.config)  # or refuse
+            self.checkpoints = Checkpointer(run.checkpoints, say=say)
+        else:
+            self.folder = Path(workdir).expanduser()
+            self.saved = exported.record(Path(model).expanduser())
+            names = f"the model in {model}", "another --model"
+            config_lib.changes(self.saved["config"], self.config, *names)
+        self.model = model
         self.model_config = config_lib.model_config(self.config)
-        self.prompt = read_prompt(self.config.sample, self.model_config.context)
+        check(self.config)
+        self.kind = KINDS[self.config.data.kind]
+        self.given = self.kind.given(self.config, self.model_config.context)
         self.stop = StopRequest()
         mesh = self.config.mesh
         self.mesh = make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
-        self.checkpoints = Checkpointer(self.folder.checkpoints, say=say)
         with jax.set_mesh(self.mesh):
             config_lib.explain_attention(self.config)  # or refuse
 
@@ -50,77 +85,53 @@ class SampleRun:
 
         Raises UserError if there is none.
         """
-        path = self.folder.generated
-        options = self.config.sample.to_dict()
-        del options["prompt"], options["prompt_file"]  # read already
-        candidates = self.checkpoints.candidates(step)
+        options = {name: self.config.sample[name] for name in OPTIONS}
         self.stop.listen()
         try:
-            for candidate in candidates:
-                with jax.set_mesh(self.mesh):
-                    abstract = state.abstract_model(self.model_config)
-                    field = "ema" if self.config.eval.weights == "ema" else "model"
-                    try:
-                        model = self.checkpoints.restore_part(
-                            candidate, field, abstract
-                        )
-                    except DamagedError as error:
-                        self.say(f"checkpoint {candidate} is passed over ({error})")
-                        continue
-                    self.say(
-                        f"checkpoint         {candidate} ({self.config.eval.weights} "
-                        "weights)"
-                    )
-                    text = sample.write_samples(
-                        model,
-                        self.prompt,
-                        path,
-                        stop=self.stop,
-                        say=self.say,
-                        **options,
-                    )
-                if self.stop:
-                    self.say(f"stopped by {self.stop.signal}")
-                self.say(f"{text}\nsample             {path}")
-                return
+            with jax.set_mesh(self.mesh):
+                model = self.restored(step)
+                sampled = generate(
+                    model,
+                    self.given.prompts,
+                    self.given.count,
+                    stop=self.stop,
+                    say=self.say,
+                    **options,
+                )
         finally:
             self.stop.ignore()
-        raise UserError(
-            f"no checkpoint in {self.folder.checkpoints} could be read; nothing was "
-            "moved or deleted"
+        if self.stop:
+            self.say(f"stopped by {self.stop.signal}")
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.say(self.kind.write(self.config, self.given, sampled, self.folder))
+
+    def restored(self, step: int | None) -> SparseTransformer:
+        """Return the weights on the mesh that is set, and say which they are."""
+        if self.model is not None:
+            model = exported.load(self.model, self.model_config)
+            self.say(f"model              {self.model} (step {self.saved['step']})")
+            return model
+        weights = self.config.eval.weights
+        step, model = self.checkpoints.newest_whole(
+            state.WEIGHTS[weights], state.abstract_model(self.model_config), step
         )
+        self.say(f"checkpoint         {step} ({weights} weights)")
+        return model
 
 
-def read_prompt(options: ConfigDict, context: int) -> bytes:
-    """Return the bytes that config.sample says to continue.
+def check(config: ConfigDict) -> None:
+    """Refuse what config.sample says for another kind of data.
 
     Raises:
-      UserError: prompt and prompt_file are both given, the file cannot be read, or
-        prompt and sample do not fit the context.
+      UserError: so it does.
     """
-    if options.prompt and options.prompt_file:
-        raise UserError(
-            f"sample.prompt_file={options.prompt_file} and sample.prompt are two "
-            "prompts; give one of them"
-        )
-    prompt = os.fsencode(options.prompt)
-    if options.prompt_file:
-        try:
-            prompt = Path(options.prompt_file).expanduser().read_bytes()
-        except OSError as error:
+    kind, defaults = config.data.kind, config_lib.defaults().sample
+    for name, only in OF_ONE_KIND.items():
+        value = config.sample[name]
+        if only != kind and value != defaults[name]:
+            like = [n for n, k in OF_ONE_KIND.items() if k == kind]
             raise UserError(
-                f"sample.prompt_file={options.prompt_file} cannot be read "
-                f"({error.strerror}); give the path of a file"
-            ) from error
-    room = context - len(prompt)
-    if options.count > room:
-        nearest = (
-            f"sample.count={room}"
-            if room > 0
-            else f"a prompt of {max(context - options.count, 0)} bytes or fewer"
-        )
-        raise UserError(
-            f"sample.count={options.count} bytes after a prompt of {len(prompt)} do "
-            f"not fit model.context={context}; try {nearest}"
-        )
-    return prompt
+                f"sample.{name}={value} is for data.kind={only!r}, and this model's "
+                f"is {kind!r}; leave it out, or try {' or '.join(like)}"
+            )

@@ -14,6 +14,9 @@ from sparse_flax.loss_scale import LossScale
 from sparse_flax.model import ModelConfig, SparseTransformer
 from sparse_flax.sharding import parameter_shardings
 
+# What eval.weights says, and the field of the state that it chooses.
+WEIGHTS = {"ema": "ema", "raw": "model"}
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass

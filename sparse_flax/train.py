@@ -9,15 +9,13 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from sparse_flax import banner, evaluate, optim, progress, sample, state
 from sparse_flax import config as config_lib
 from sparse_flax.checkpoint import Checkpointer
 from sparse_flax.config_checks import finalize
-from sparse_flax.data import batches, bigram
-from sparse_flax.data import bytes as byte_data
+from sparse_flax.data import batches, bigram, sources
 from sparse_flax.errors import UserError
 from sparse_flax.integrity import fingerprint
 from sparse_flax.metrics import MetricsLog, first_not_finite, train_row
@@ -53,12 +51,13 @@ class Trainer:
         self.stop = StopRequest()
         self.clock = progress.Clock()
         mesh, data = self.config.mesh, self.config.data
+        self.unit = evaluate.UNITS[data.kind]
         # What fails in here lets go of the folder again, for a notebook's next attempt.
         with contextlib.ExitStack() as opened:
             self.workdir = WorkDir(workdir)
             opened.callback(self.workdir.close)
             self.profile = Profile(profile, self.workdir.profile, self.clock.pause, say)
-            self.splits = byte_data.load(data.name, data.path, data.folder)
+            self.splits = sources.load(data)
             changed = self.workdir.agree(self.config, self.splits)
             self.mesh = make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
             self.checkpoints = Checkpointer(
@@ -98,13 +97,8 @@ class Trainer:
             say(f"NOTE: {notice}")
         for change in changed:
             say(f"changed since the last run: {change}")
-        scored = batches.evaluation_windows(
-            self.splits.validation,
-            self.model_config.context,
-            self.config.eval.max_windows,
-        )
-        self.bigram = bigram.bigram_bits_per_byte(
-            self.splits.train, np.concatenate(scored)
+        self.floor = bigram.floor(
+            self.splits, self.model_config.context, self.config.eval.max_windows
         )
 
     # ---- The loop ------------------------------------------------------------------
@@ -183,7 +177,7 @@ class Trainer:
         if not values["finite"]:
             self.give_up(
                 f"step {step:,}: the loss is {values['bits_per_byte']:.3g} bits per "
-                f"byte and the gradient norm {values['grad_norm']:.3g}",
+                f"{self.unit} and the gradient norm {values['grad_norm']:.3g}",
                 first_not_finite(self.state.model, values["good_gradients"]),
             )
         if values["skipped"]:
@@ -203,7 +197,7 @@ class Trainer:
         if due:
             self.metrics.write(step=step, split="train", **row)
         left = self.clock.left(step, config.train.steps)
-        self.say(progress.line(step, config.train.steps, row, left))
+        self.say(progress.line(step, config.train.steps, row, left, self.unit))
 
     def give_up(self, what: str, where: str) -> NoReturn:
         """Raise the UserError about numbers that are not finite."""
@@ -238,8 +232,7 @@ class Trainer:
 
     def chosen_model(self) -> SparseTransformer:
         """Return the weights that are evaluated and sampled from."""
-        ema = self.config.eval.weights == "ema"
-        return self.state.ema if ema else self.state.model
+        return getattr(self.state, state.WEIGHTS[self.config.eval.weights])
 
     def evaluate(self, split: str) -> None:
         """Write a row for the present step, if there is none; not if told to stop."""
@@ -268,26 +261,35 @@ class Trainer:
             return
         if not math.isfinite(score):
             self.give_up(
-                f"step {self.step:,}: the {split} score is {score} bits per byte",
+                f"step {self.step:,}: the {split} score is {score} bits per "
+                f"{self.unit}",
                 first_not_finite(model, []),
             )
         self.metrics.write(step=self.step, bits_per_byte=score, **row)
-        self.metrics.plot(self.workdir.curve, self.bigram)
+        self.metrics.plot(self.workdir.curve, self.floor, self.unit)
         self.say(
-            f"step {self.step:,}: {split} {score:.3f} bits/byte "
-            f"({config.weights} weights, {windows:,} windows)"
+            f"step {self.step:,}: {split} {score:.3f} bits/{self.unit} "
+            f"({config.weights} weights, {self._scored(split, windows)})"
         )
+
+    def _scored(self, split: str, windows: int) -> str:
+        """Say how much of a split was scored."""
+        if self.config.data.kind != "image":
+            return f"{windows:,} windows"
+        if windows == len(getattr(self.splits, split)):
+            return self.splits.amount(split)
+        return f"{windows:,} images"
 
     def finish(self) -> bool:
         """Sample, and show what came out; return False if told to stop before that."""
         text = self.sample()
         if self.stop:
             return False
-        self.metrics.plot(self.workdir.curve, self.bigram)
+        self.metrics.plot(self.workdir.curve, self.floor, self.unit)
         steps = self.config.train.steps
         past = f", past train.steps={steps:,}" if self.step > steps else ""
         self.say(f"finished at step {self.step:,}{past}")
-        banner.show_result(self.say, self.metrics.rows, self.bigram)
+        banner.show_result(self.say, self.metrics.rows, self.floor, self.unit)
         banner.show_files(self.say, self.workdir, self.step, text)
         self.say(f"parameters fingerprint: {fingerprint(self.state.model)}")
         return True

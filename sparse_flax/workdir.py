@@ -7,7 +7,8 @@ loss.png           the curve
 checkpoints/       one folder a step
 damaged/           checkpoints that were set aside, never deleted
 sample.txt         what training sampled at its end, each behind its prompt
-generated.txt      the same of --mode=sample
+generated.txt      the same of --mode=sample; generated.png of images, and
+generated-1.wav    and so on of audio
 tensorboard/       event files
 profile/           what --profile traced
 """
@@ -53,7 +54,6 @@ class RunFolder:
     evaluations = property(lambda self: self.path / "eval.jsonl")
     curve = property(lambda self: self.path / "loss.png")
     sample = property(lambda self: self.path / "sample.txt")
-    generated = property(lambda self: self.path / "generated.txt")
     tensorboard = property(lambda self: self.path / "tensorboard")
     profile = property(lambda self: self.path / "profile")
 
@@ -82,19 +82,7 @@ class RunFolder:
 
     def saved(self) -> dict[str, Any] | None:
         """Return what `WorkDir.save_config` wrote; None if nothing yet."""
-        path = self.path / "config.json"
-        if not path.exists():
-            return None
-        try:
-            record = json.loads(path.read_text())
-            if record["format"] == FORMAT and {"data", "config"} <= record.keys():
-                return record
-        except (ValueError, KeyError, TypeError):
-            pass
-        raise UserError(
-            f"{path} is not the configuration of a sparse_flax run; name an empty or a "
-            "new folder with --workdir"
-        )
+        return read_record(self.path / "config.json", FORMAT, {"data", "config"})
 
 
 class WorkDir(RunFolder):
@@ -158,6 +146,24 @@ def identity(splits: Splits) -> dict[str, Any]:
         "fingerprint": splits.fingerprint,
         "bytes": splits.train.size + splits.validation.size + splits.test.size,
     }
+
+
+def read_record(path: Path, format: str, keys: set[str]) -> dict[str, Any] | None:
+    """Return what a config.json of a format holds; None if there is no such file.
+
+    Raises UserError if it is something else.
+    """
+    if not path.exists():
+        return None
+    try:
+        record = json.loads(path.read_text())
+        if record["format"] == format and keys <= record.keys():
+            return record
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise UserError(
+        f"{path} is not the configuration of a {format}; name an empty or a new folder"
+    )
 
 
 @contextlib.contextmanager

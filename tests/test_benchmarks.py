@@ -8,7 +8,14 @@ import time
 
 import pytest
 
-from benchmarks import attention, attention_cases, figures, processes, tables
+from benchmarks import (
+    attention,
+    attention_cases,
+    figures,
+    processes,
+    sampling,
+    tables,
+)
 from sparse_flax.attention import Dense, Local
 
 
@@ -225,6 +232,24 @@ def test_train_step_table():
         "| enwik8 | `Strided(128)` | 8 x 12,288 | 0.4 | none | 3 | 123,457 "
         "| 98.8 (97.0 to 99.0) | 50.0% | 12.3 |"
     ) in tables.train_step_table(result)
+
+
+def test_sampling_rows_and_table(monkeypatch):
+    config = sampling.model_config("enwik8", "Fixed(128, 32)", quick=True)
+    # The byte at 300 sees 45 of its block and 32 of each block before; keys and values
+    # of one layer are 16 wide each.
+    assert sampling.cache_bytes(config, 300) == (45 + 2 * 32) * 32 * 2
+    monkeypatch.setattr(sampling, "BYTES", 2)
+    row = sampling.window("enwik8", config, 1, "NVIDIA H200")
+    assert row["asked"] == [42, 1000] and {"42", "1000"} <= row["ms_at"].keys()
+    assert row["bytes_per_s"] > 0 and 0 < row["bandwidth_at"]["42"] < 1
+    row |= {"ms_at": {"42": 0.5, "1000": 0.6}, "bandwidth_at": {"42": 0.1, "1000": 0}}
+    whole = {"model": "cifar10", "pattern": "Local(96)", "batch_size": 64}
+    whole |= {"context": 3072, "bytes_per_s": 19660.8, "seconds": 10.0}
+    result = {"hardware": "it", "versions": {"jax": "9"}, "command": "c"}
+    table = tables.sampling_table(result | {"rows": [row, whole]})
+    assert "| 0.50 (10%) at 42, 0.60 (0%) at 1,000 |" in table
+    assert "| cifar10 | `Local(96)` | 64 | 19,661 |  | 10.0 |" in table
 
 
 def test_tables_go_between_their_markers():

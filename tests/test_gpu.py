@@ -1,16 +1,19 @@
 """What only a GPU can show; run with `pytest -m gpu`."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import noisy_model
 
 from configs import enwik8
 from sparse_flax import config as config_lib
-from sparse_flax import optim, sharding, state
+from sparse_flax import decoder, generate, optim, sharding, state
 from sparse_flax.attention import (
+    Columns,
     Dense,
     Fixed,
     Local,
@@ -140,3 +143,53 @@ def test_hopper_in_a_model_equals_gathered(remat, unroll):
             continue
         error = np.linalg.norm(got[name] - want) / np.linalg.norm(want)
         assert error < 3e-2, (name, error)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(
+    "patterns",
+    [(Fixed(64, 16, rotate=True),), (Columns(32), Local(32)), (Dense(),)],
+    ids=str,
+)
+def test_decoding_equals_the_forward_pass_and_copies_no_cache(patterns, rows):
+    T = 512
+    config = ModelConfig(
+        context=T,
+        layers=2,
+        width=128,
+        heads=4,
+        qk_width=128,
+        feed_forward=256,
+        patterns=patterns,
+        position_shape=(16, 32),
+        dtype="float32",
+    )
+    model = noisy_model(config)
+    bytes_BT = np.random.default_rng(0).integers(0, 256, (rows, T)).astype(np.int32)
+    inputs_BT = generate.inputs(bytes_BT)
+
+    @jax.jit
+    def decoded(caches, weights):
+        def one(position, carry):
+            caches, logits_BTN = carry
+            input_B = jax.lax.dynamic_index_in_dim(inputs_BT, position, 1, False)
+            row, caches = decoder.step(weights, caches, input_B, position, T)
+            return caches, logits_BTN.at[:, position].set(row)
+
+        return jax.lax.fori_loop(100, T, one, (caches, jnp.zeros((rows, T, 256))))[1]
+
+    with jax.default_matmul_precision("highest"):
+        expected = np.asarray(jax.jit(lambda model, x: model(x))(model, inputs_BT))
+        caches = decoder.prefill(model, inputs_BT, 100, T=T)
+        weights = decoder.decoder(model)
+        compiled = decoded.lower(caches, weights).compile()
+        got = np.asarray(compiled(caches, weights))
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(
+        got[:, 100:] / scale, expected[:, 100:] / scale, atol=1e-5
+    )
+    body = compiled.as_text().split("ENTRY")[0]
+    for cache in caches:
+        for kv in cache.kv:
+            shape = ",".join(map(str, kv.shape))
+            assert not re.search(rf"f32\[{shape}\]\S* copy\(", body)

@@ -85,6 +85,11 @@ def assert_close(a, b, tolerance):
         ("enwik8", "shared", 94_949_888),
         ("imagenet64", "", 151_645_184),
         ("imagenet64", "302m", 302_959_616),
+        ("cifar10", "merged", 59_196_928),
+        # Of audio the paper has 152M, 25M and 3M (table 4).
+        ("music", "", 151_840_256),
+        ("music", "262144", 25_151_680),
+        ("music", "1048576", 3_103_872),
     ],
 )
 def test_has_as_many_parameters_as_the_paper(name, preset, count):

@@ -6,6 +6,7 @@ from test_eval_run import command, copied, text, trained  # noqa: F401, fixtures
 from test_train import compile_once as compile_once  # an autouse fixture
 from test_train import listing, tiny
 
+from sparse_flax import export_run, exported
 from sparse_flax.errors import UserError
 from sparse_flax.eval_run import EvalRun
 from sparse_flax.sample import BETWEEN
@@ -51,8 +52,10 @@ def test_follows_the_model_as_far_as_it_is_told(copied, text, tmp_path):  # noqa
     # It is what the model itself says.
     ours = EvalRun(tiny(text), str(copied), say=lambda line: None)
     with jax.set_mesh(ours.mesh):
-        model = ours.restore(12)
-        assert model.generate([b"the "], 20, top_k=1) == [first[0][4:]]
+        step, model = ours.checkpoints.newest_whole(*ours._part())
+        assert step == 12
+        (row,) = model.generate([b"the "], 20, top_k=1)
+        assert row.tobytes() == first[0][4:]
 
 
 def test_what_cannot_be_is_a_sentence(copied, text):  # noqa: F811
@@ -69,6 +72,26 @@ def test_what_cannot_be_is_a_sentence(copied, text):  # noqa: F811
             SampleRun(options(text, **changes), str(copied), say=print)
     with pytest.raises(UserError, match=r"model\.width=32, but the run"):
         SampleRun(tiny(text, model__width=32), str(copied), say=print)
+
+
+def test_an_exported_model_is_sampled_from_the_command_line(copied, tmp_path):  # noqa: F811
+    model = tmp_path / "small"
+    result = command("--mode=export", f"--workdir={copied}", f"--model={model}")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "checkpoint         12 (ema weights)" in result.stdout
+    assert str(copied) not in (model / "config.json").read_text()
+    changes = ["--config.sample.prompt=to be", "--config.sample.count=9"]
+    out = f"--workdir={tmp_path / 'out'}"
+    result = command("--mode=sample", f"--model={model}", out, *changes)
+    assert (result.returncode, result.stderr) == (0, "")
+    (row,) = exported.load(model).generate([b"to be"], 9)
+    assert (tmp_path / "out" / "generated.txt").read_bytes() == b"to be" + row.tobytes()
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "file").touch()
+    error = command("--mode=export", f"--workdir={copied}").stderr
+    assert "name it with --model=FOLDER" in error
+    with pytest.raises(UserError, match="holds files of something else"):
+        export_run.run(tiny("x"), str(copied), str(tmp_path / "else"))
 
 
 def test_from_the_command_line_without_a_config(copied):  # noqa: F811

@@ -285,7 +285,7 @@ def test_images_come_back_with_their_splits_and_labels(tmp_path, store, labels):
         assert [record["label"] for record in source] == list(range(40))
     sentence(
         lambda: bytes.load("tfds:images/mine", store.folder),
-        "images/mine/1.0.0 is a set of images, and only bytes and texts are trained on",
+        "images/mine/1.0.0 is a set of images; say so with --config.data.kind=image",
     )
 
 

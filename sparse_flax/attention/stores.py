@@ -1,12 +1,14 @@
 """Where decoding keeps keys and values: the arrays of a `decode.Cache`.
 
-A store is an array [layers, places, B, heads, W]. Which position lies at which place is
-static or follows from the position of the query; heads whose parts are the same but for
-the offset of their summaries share the stores of these parts.
+A store is an array [B, heads, places, W], a head's keys one after the other. Which
+position lies at which place is static or follows from the position of the query; heads
+whose parts are the same but for the offset of their summaries share a store.
 
     Tokens   every token, in order: All, Columns, and a Band beside Columns
-    Ring     the latest tokens: Band, OwnBlock, Self
-    Slices   the summaries of whole blocks: Summaries
+    Latest   what is seen of the latest tokens, and the summaries of whole blocks:
+             sections, one after the other, that are written and read at once
+      Ring     the latest tokens: Band, OwnBlock, Self
+      Slices   the summaries: Summaries
 """
 
 from __future__ import annotations
@@ -39,35 +41,35 @@ class Tokens:
     def _stride(self, part: parts.Columns) -> int:
         return min(part.stride, self.T)  # beyond T there is nothing to come back to
 
-    def keep(self, x_TBHW, length):
+    def keep(self, x_BHTW, length):
         """Lay out the first `length` rows of those given."""
         del length  # what lies behind it is written before it is seen
-        x_TBHW = x_TBHW[: self.places]
-        missing = self.places - x_TBHW.shape[0]
-        return jnp.pad(x_TBHW, [(0, missing), (0, 0), (0, 0), (0, 0)])
+        x_BHTW = x_BHTW[:, :, : self.places]
+        missing = self.places - x_BHTW.shape[2]
+        return jnp.pad(x_BHTW, [(0, 0), (0, 0), (0, missing), (0, 0)])
 
-    def write(self, x_LSBHW, x_BHW, layer, t):
+    def write(self, x_BHSW, x_BHW, t):
         """Add the row of position t."""
-        return _put(x_LSBHW, x_BHW, layer, t)
+        return _put(x_BHSW, x_BHW, t)
 
-    def read(self, x_LSBHW, layer, t, reach):
-        """Return pieces (kv_SBHW, seen_S) that hold what query t < reach sees."""
-        return [self._read(part, x_LSBHW, layer, t, reach) for part in self.manner]
+    def read(self, x_BHSW, t, reach):
+        """Return pieces (kv_BHSW, seen_S) that hold what query t < reach sees."""
+        return [self._read(part, x_BHSW, t, reach) for part in self.manner]
 
-    def _read(self, part, x_LSBHW, layer, t, reach):
+    def _read(self, part, x_BHSW, t, reach):
         if isinstance(part, parts.Columns):
             stride = self._stride(part)
             rows = -(-reach // stride)
-            L, S, *rest = x_LSBHW.shape
-            x = x_LSBHW.reshape(L, S // stride, stride, *rest)
-            x = _slice(x, (layer, 0, t % stride), (1, rows, 1))
+            B, H, S, W = x_BHSW.shape
+            x = x_BHSW.reshape(B, H, S // stride, stride, W)[:, :, :rows]
+            x = jax.lax.dynamic_index_in_dim(x, t % stride, 3, keepdims=False)
             row, last = jnp.arange(rows), t // stride
-            return x[0, :, 0], row < last if part.strict else row <= last
+            return x, row < last if part.strict else row <= last
         width = min(part.width, self.T) if isinstance(part, parts.Band) else reach
         first = jnp.clip(t - width + 1, 0, self.places - width)
         j = first + jnp.arange(width)
         seen = (t - width < j) & (j <= t)
-        return _slice(x_LSBHW, (layer, first), (1, width))[0], seen
+        return jax.lax.dynamic_slice_in_dim(x_BHSW, first, width, 2), seen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,30 +86,28 @@ class Ring:
         width = {parts.Band: "width", parts.OwnBlock: "size"}.get(type(part))
         return min(getattr(part, width), self.T) if width else 1
 
-    def keep(self, x_TBHW, length):
-        """Lay out the first `length` rows of those given."""
-        place = jnp.arange(self.places)
-        # The last position before `length` that lies at each place.
-        held = length - 1 - (length - 1 - place) % self.places
-        return _rows(x_TBHW, held[:, None])
+    def before(self, reach: int) -> int:
+        """Places that hold something for queries before `reach`."""
+        return min(self.places, reach)
 
-    def write(self, x_LSBHW, x_BHW, layer, t):
-        """Add the row of position t."""
-        return _put(x_LSBHW, x_BHW, layer, t % self.places)
+    def held(self, length):
+        """Return the last position before `length` that lies at each place."""
+        place_S = jnp.arange(self.places)
+        return length - 1 - (length - 1 - place_S) % self.places
 
-    def read(self, x_LSBHW, layer, t, reach):
-        """Return pieces (kv_SBHW, seen_S) that hold what query t < reach sees."""
+    def place(self, t):
+        """Return the place of position t."""
+        return t % self.places
+
+    def seen(self, t):
+        """Whether query t sees what lies at each place."""
         last = t % self.places if isinstance(self.part, parts.OwnBlock) else t
-        x_SBHW = _slice(x_LSBHW, (layer,), (1, self.places))[0]
-        return [(x_SBHW, jnp.arange(self.places) <= last)]
+        return jnp.arange(self.places) <= last
 
 
 @dataclasses.dataclass(frozen=True)
 class Slices:
-    """The summaries of whole blocks, one block after the other.
-
-    An array of its own: two writes into one would make the compiler copy it.
-    """
+    """The summaries of whole blocks, one block after the other."""
 
     part: parts.Summaries
     offsets: tuple[int, ...]  # of each head
@@ -116,9 +116,9 @@ class Slices:
     @property
     def places(self) -> int:
         """As many as the last query sees."""
-        return self._before(self.T)
+        return self.before(self.T)
 
-    def _before(self, reach: int) -> int:
+    def before(self, reach: int) -> int:
         """Places of the slices that queries before `reach` see."""
         return (reach - 1) // self.part.size * self.part.width
 
@@ -126,46 +126,82 @@ class Slices:
         """Where in a block the slice of each head begins."""
         return self.part.size - (np.array(self.offsets) + 1) * self.part.width
 
-    def keep(self, x_TBHW, length):
-        """Lay out the first `length` rows of those given."""
+    def held(self, length):
+        """Return the position that lies at each place, for each head."""
         del length  # what lies behind it is written before it is seen
-        block, within = np.divmod(np.arange(self.places), self.part.width)
-        held_SH = (block * self.part.size + within)[:, None] + self._starts()
-        return _rows(x_TBHW, held_SH)
+        block_S, within_S = np.divmod(np.arange(self.places), self.part.width)
+        return self._starts()[:, None] + block_S * self.part.size + within_S
 
-    def write(self, x_LSBHW, x_BHW, layer, t):
-        """Add the row of position t."""
-        size, width = self.part.size, self.part.width
-        block, within = t // size, t % size
-        starts_H = self._starts()
-        mine_H = (starts_H <= within) & (within < starts_H + width)
-        # Slices end whole widths before their block does, so that all heads that keep
-        # this token have the same place for it. The others keep what they had there.
-        place = block * width + (within - size) % width
-        mine_H &= place < self.places  # no query sees the slice of the last block
-        place = jnp.minimum(place, self.places - 1)
-        had_BHW = _slice(x_LSBHW, (layer, place), (1, 1))[0, 0]
-        x_BHW = jnp.where(mine_H[:, None], x_BHW, had_BHW)
-        return _put(x_LSBHW, x_BHW, layer, place)
+    def place(self, t):
+        """Return the place of position t for each head, `places` where it has none."""
+        width = self.part.width
+        within_H = t % self.part.size - self._starts()
+        place_H = t // self.part.size * width + within_H
+        return jnp.where((0 <= within_H) & (within_H < width), place_H, self.places)
 
-    def read(self, x_LSBHW, layer, t, reach):
-        """Return pieces (kv_SBHW, seen_S) that hold what query t < reach sees."""
-        places = self._before(reach)
-        if not places:
-            return []
-        block = jnp.arange(places) // self.part.width
-        x_SBHW = _slice(x_LSBHW, (layer,), (1, places))[0]
-        return [(x_SBHW, block < t // self.part.size)]
+    def seen(self, t):
+        """Whether query t sees what lies at each place."""
+        return jnp.arange(self.places) // self.part.width < t // self.part.size
 
 
-Store = Tokens | Ring | Slices
+@dataclasses.dataclass(frozen=True)
+class Latest:
+    """Rings and slices of the same heads in one array, the slices last.
+
+    One array, because each write and each read of another one costs a GPU as much time
+    as a hundred thousand keys.
+    """
+
+    sections: tuple[Ring | Slices, ...]
+
+    @property
+    def places(self) -> int:
+        """Those of all sections."""
+        return sum(section.places for section in self.sections)
+
+    def keep(self, x_BHTW, length):
+        """Lay out the first `length` rows of those given."""
+        H = x_BHTW.shape[1]
+        held_HS = jnp.concatenate(
+            [
+                jnp.broadcast_to(section.held(length), (H, section.places))
+                for section in self.sections
+            ],
+            axis=1,
+        )
+        return _rows(x_BHTW, held_HS)
+
+    def write(self, x_BHSW, x_BHW, t):
+        """Add the row of position t: once in each section."""
+        if len(self.sections) == 1 and isinstance(self.sections[0], Ring):
+            return _put(x_BHSW, x_BHW, self.sections[0].place(t))
+        H, first, places = x_BHW.shape[1], 0, []
+        for section in self.sections:
+            place = section.place(t)
+            place = jnp.where(place < section.places, first + place, self.places)
+            places.append(jnp.broadcast_to(place, (H,)))
+            first += section.places
+        place_CH = jnp.stack(places)
+        return x_BHSW.at[:, np.arange(H), place_CH].set(
+            x_BHW[:, None].astype(x_BHSW.dtype), mode="drop", unique_indices=True
+        )
+
+    def read(self, x_BHSW, t, reach):
+        """Return pieces (kv_BHSW, seen_S) that hold what query t < reach sees."""
+        whole, last = self.sections[:-1], self.sections[-1]
+        end = sum(section.places for section in whole) + last.before(reach)
+        seen = [section.seen(t) for section in self.sections]
+        return [(x_BHSW[:, :, :end], jnp.concatenate(seen)[:end])]
+
+
+Store = Tokens | Latest
 
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
     """Query heads that keep keys in the same manner, and the heads of their keys."""
 
-    stores: tuple[Store, ...]
+    store: Store
     queries: tuple[int, ...]
     keys: tuple[int, ...]
 
@@ -189,20 +225,23 @@ def groups(pattern: Pattern, T: int, H: int, group: int) -> list[Heads]:
             # Query heads can share their key head only if all of them keep the same.
             keys = tuple(range(H // group))
             offsets = offsets[: len(keys)]
-        found.append(Heads(_stores(manner, offsets, T), queries, keys))
+        found.append(Heads(_store(manner, offsets, T), queries, keys))
     return found
 
 
-def _stores(
-    manner: tuple[Part, ...], offsets: tuple[int, ...], T: int
-) -> tuple[Store, ...]:
+def _store(manner: tuple[Part, ...], offsets: tuple[int, ...], T: int) -> Store:
     if any(isinstance(part, parts.All | parts.Columns) for part in manner):
-        return (Tokens(manner, T),)
-    stores = [
-        Slices(part, offsets, T) if isinstance(part, parts.Summaries) else Ring(part, T)
-        for part in manner
+        return Tokens(manner, T)
+    is_slices = [isinstance(part, parts.Summaries) for part in manner]
+    rings = [
+        Ring(part, T) for part, last in zip(manner, is_slices, strict=True) if not last
     ]
-    return tuple(store for store in stores if store.places)
+    slices = [
+        Slices(part, offsets, T)
+        for part, last in zip(manner, is_slices, strict=True)
+        if last
+    ]
+    return Latest((*rings, *(section for section in slices if section.places)))
 
 
 # ---- Arrays ------------------------------------------------------------------------
@@ -215,22 +254,16 @@ def take(x: jax.Array, heads, axis: int) -> jax.Array:
     return jnp.take(x, np.asarray(heads), axis=axis)
 
 
-def _slice(x: jax.Array, starts: tuple, sizes: tuple[int, ...]) -> jax.Array:
-    """Slice the leading dimensions, whatever is the size of the others."""
-    rest = x.ndim - len(sizes)
-    starts = (*starts, *[0] * (x.ndim - len(starts)))
-    return jax.lax.dynamic_slice(x, starts, (*sizes, *x.shape[x.ndim - rest :]))
-
-
-def _rows(x_TBHW: jax.Array, held_SH) -> jax.Array:
+def _rows(x_BHTW: jax.Array, held_HS) -> jax.Array:
     """Take the row of each place and head; any row where there is none yet."""
-    if not x_TBHW.shape[0]:
-        x_TBHW = jnp.zeros_like(x_TBHW, shape=(1, *x_TBHW.shape[1:]))
-    held_SH = jnp.clip(held_SH, 0, x_TBHW.shape[0] - 1)
-    return jnp.take_along_axis(x_TBHW, held_SH[:, None, :, None], axis=0)
+    if not x_BHTW.shape[2]:
+        B, H, _, W = x_BHTW.shape
+        x_BHTW = jnp.zeros_like(x_BHTW, shape=(B, H, 1, W))
+    held_HS = jnp.clip(held_HS, 0, x_BHTW.shape[2] - 1)
+    return jnp.take_along_axis(x_BHTW, held_HS[None, :, :, None], axis=2)
 
 
-def _put(x_LSBHW: jax.Array, x_BHW: jax.Array, layer, place) -> jax.Array:
+def _put(x_BHSW: jax.Array, x_BHW: jax.Array, place) -> jax.Array:
     return jax.lax.dynamic_update_slice(
-        x_LSBHW, x_BHW[None, None].astype(x_LSBHW.dtype), (layer, place, 0, 0, 0)
+        x_BHSW, x_BHW[:, :, None].astype(x_BHSW.dtype), (0, 0, place, 0)
     )

@@ -19,7 +19,7 @@ class RandomWindows:
 
     As in the paper's own code, an epoch cuts the data from a fresh random offset into
     W = max(1, N // T - 1) windows side by side and visits each once in a fresh random
-    order; a batch may end one epoch and begin the next.
+    order; a batch may end one epoch and begin the next. Images are windows as they are.
     """
 
     def __init__(
@@ -28,7 +28,7 @@ class RandomWindows:
         """Describe the batches; nothing is read yet.
 
         Args:
-          data: uint8 [N].
+          data: uint8 [N], or [W, T] of images.
           batch_size: B, windows in a batch.
           context: T, bytes in a window.
           seed: in [0, 2**64); another seed gives other batches.
@@ -45,9 +45,15 @@ class RandomWindows:
         if not 0 <= seed < 2**64:
             nearest = 0 if seed < 0 else 2**64 - 1
             raise UserError(f"seed={seed} is not in [0, 2**64); use {nearest}")
-        self._data, self._batch_size, self._context = data, batch_size, context
-        self._seed, self._steps = seed, steps
-        self._windows = max(1, data.size // context - 1)
+        if data.ndim == 2 and data.shape[1] != context:
+            raise UserError(
+                f"context={context} is not the {data.shape[1]} bytes of an image; use "
+                f"context={data.shape[1]}"
+            )
+        self._data, self._context = data.reshape(-1), context
+        self._batch_size, self._seed, self._steps = batch_size, seed, steps
+        streams = data.ndim == 1
+        self._windows = max(1, data.size // context - 1) if streams else len(data)
 
     def __len__(self) -> int:
         """Return the number of batches."""
@@ -55,7 +61,7 @@ class RandomWindows:
 
     def __getitem__(self, step: int) -> np.ndarray:
         """Return batch number `step`: uint8 [B, T]."""
-        slack = self._data.size - self._windows * self._context
+        slack = self._data.size - self._windows * self._context  # 0 of images
         batch_BT = np.empty((self._batch_size, self._context), np.uint8)
         for row in range(self._batch_size):
             window = int(step) * self._batch_size + row
@@ -130,6 +136,7 @@ def evaluation_windows(
     data: np.ndarray, context: int, max_windows: int = 0, min_context: int = 0
 ) -> list[np.ndarray]:
     """Return the windows that `evaluation_batches` reads, as views of the data."""
+    data = data.reshape(-1)
     count = evaluation_window_count(data.size, context, max_windows, min_context)
     shift = context - min_context
     # A selection is made among the full windows, and the whole has all of them.
@@ -156,7 +163,7 @@ def evaluation_batches(
     The last window and the last batch are padded with zeros to full shape.
 
     Args:
-      data: uint8 [N].
+      data: uint8 [N], or [W, T] of images, each of which is a window.
       batch_size: B, windows in a batch.
       context: T, bytes in a window.
       max_windows: if positive and fewer than the data has, only that many windows,

@@ -4,8 +4,9 @@ import dataclasses
 import hashlib
 import os
 import platform
+import sys
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -19,17 +20,19 @@ NAMES = ("stdlib", "enwik8", "text8", "bytes")
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-    """Three consecutive pieces of one stream of bytes, or a TFDS set's own splits.
+    """What is trained, validated and tested on: three streams of bytes, or of images.
 
     Attributes:
-      name: the data set's name, one of `NAMES` or 'tfds:NAME'.
-      source: the path or description of where the bytes were found.
-      train: uint8 [N], the first 90%; read-only, mapped from disk where possible.
-      validation: uint8 [N], the next 5%.
-      test: uint8 [N], the last 5%.
+      name: the data set's name, as data.name has it.
+      source: the path or description of where the data were found.
+      train: uint8 [N] of a stream, or [N, T] of N images; read-only, mapped from disk
+        where possible. Of one stream of bytes it is the first 90%.
+      validation: the same; of one stream of bytes the next 5%.
+      test: the same; of one stream of bytes the last 5%.
       fingerprint: hex digest of the three splits and their lengths, nothing else: a
         file that was moved keeps it, a file that was changed does not.
       notice: empty, or a sentence that the user must see.
+      published: of a benchmark that is not all there, how many images its splits have.
     """
 
     name: str
@@ -39,6 +42,16 @@ class Splits:
     test: np.ndarray
     fingerprint: str
     notice: str = ""
+    published: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def amount(self, split: str) -> str:
+        """Say how much there is: '5,000 bytes', '9,968 of 10,000 images'."""
+        part = getattr(self, split)
+        if part.ndim == 1:
+            return f"{part.size:,} bytes"
+        whole = self.published.get(split, len(part))
+        of = f" of {whole:,}" if whole != len(part) else ""
+        return f"{len(part):,}{of} images"
 
 
 _COMPRESSED = {
@@ -68,6 +81,7 @@ _STDLIB_SKIPPED_FILES = (
 )
 
 _CHUNK = 1 << 20
+_SHOWN = 2_000_000_000  # bytes that take so long to digest that progress is shown
 
 
 def load(name: str, path: str = "", folder: str = "data") -> Splits:
@@ -98,7 +112,7 @@ def load(name: str, path: str = "", folder: str = "data") -> Splits:
         if name.startswith(prepared.PREFIX):
             pieces = prepared.read_bytes(name.removeprefix(prepared.PREFIX), path)
             three = (pieces.train, pieces.validation, pieces.test)
-            return _splits(name, pieces.source, three, pieces.notice)
+            return splits(name, pieces.source, three, pieces.notice)
     except OSError as error:
         raise UserError(
             f"{error.filename or path or folder} cannot be read "
@@ -119,13 +133,22 @@ def _split(name: str, source: str, data: np.ndarray, notice: str = "") -> Splits
         )
     cuts = [data.size * 90 // 100, data.size * 95 // 100]
     # Keep the mapping but drop the memmap subclass, which is slow to slice.
-    return _splits(name, source, np.split(data.view(np.ndarray), cuts), notice)
+    return splits(name, source, np.split(data.view(np.ndarray), cuts), notice)
 
 
-def _splits(
-    name: str, source: str, parts: Sequence[np.ndarray], notice: str = ""
+def splits(
+    name: str,
+    source: str,
+    parts: Sequence[np.ndarray],
+    notice: str = "",
+    published: Mapping[str, int] | None = None,
 ) -> Splits:
-    """Make train, validation and test, in this order, read-only, and digest them."""
+    """Make train, validation and test, in this order, read-only, and digest them.
+
+    Each is uint8 [N], or [N, T] of images; the rest is as `Splits` has it.
+
+    Raises UserError if one of them is shorter than 2 bytes.
+    """
     if min(part.size for part in parts) < 2:
         sizes = ", ".join(f"{part.size:,}" for part in parts)
         raise UserError(
@@ -133,12 +156,19 @@ def _splits(
             "are needed; give more data"
         )
     digest = hashlib.blake2b(digest_size=16)
+    size = sum(part.size for part in parts)
+    progress = archives.Progress(f"checking {source}", size, sys.stderr)
     for part in parts:
         part.flags.writeable = False
         digest.update(part.size.to_bytes(8, "little"))
-        for start in range(0, part.size, _CHUNK):
-            digest.update(part[start : start + _CHUNK])
-    return Splits(name, source, *parts, digest.hexdigest(), notice)
+        flat = part.reshape(-1)
+        for start in range(0, flat.size, _CHUNK):
+            digest.update(flat[start : start + _CHUNK])
+            if size > _SHOWN:
+                progress.advance(min(_CHUNK, flat.size - start))
+    if size > _SHOWN:
+        progress.finish()
+    return Splits(name, source, *parts, digest.hexdigest(), notice, published or {})
 
 
 def _compression(path: Path) -> str:
@@ -161,7 +191,8 @@ def _read(path: Path) -> np.ndarray:
     return np.memmap(path, np.uint8, mode="r")
 
 
-def _existing(path: str) -> Path:
+def existing(path: str) -> Path:
+    """Return a data.path, or raise the UserError that there is nothing there."""
     found = Path(os.path.expanduser(path))
     if found.is_file() or found.is_dir():
         return found
@@ -178,10 +209,10 @@ def _load_bytes(path: str) -> Splits:
             "data.path='' is empty but data.name='bytes' needs to know what to read; "
             "pass --config.data.path=FILE_OR_FOLDER"
         )
-    root = _existing(path)
+    root = existing(path)
     if root.is_file():
         return _split("bytes", str(root), _read(root))
-    files = _files(root)
+    files = files_under(root)
     return _split("bytes", f"{root} ({len(files)} files)", _concatenate(files))
 
 
@@ -194,7 +225,9 @@ def _load_stdlib(path: str) -> Splits:
     root = Path(sysconfig.get_path("stdlib"))
     named = {
         file.relative_to(root).as_posix(): file
-        for file in (_files(root, _STDLIB_SKIPPED_FOLDERS) if root.is_dir() else ())
+        for file in (
+            files_under(root, _STDLIB_SKIPPED_FOLDERS) if root.is_dir() else ()
+        )
     }
     chosen = [
         name
@@ -216,7 +249,7 @@ def _load_stdlib(path: str) -> Splits:
     return _split("stdlib", source, data)
 
 
-def _files(root: Path, skipped: frozenset[str] = frozenset()) -> list[Path]:
+def files_under(root: Path, skipped: frozenset[str] = frozenset()) -> list[Path]:
     """Return every file under root that is not hidden, by relative path."""
 
     def fail(error: OSError) -> None:
@@ -250,7 +283,7 @@ def _concatenate(files: Iterable[Path]) -> np.ndarray:
 
 def _load_archive(name: str, path: str, folder: str) -> Splits:
     if path:
-        root = _existing(path)
+        root = existing(path)
         file = root if root.is_file() else archives.find(name, root)
         if file is None:
             warning = (

@@ -21,7 +21,7 @@ from typing import NoReturn
 import numpy as np
 from absl import app, flags
 
-from sparse_flax.data import archives, prepared
+from sparse_flax.data import archives, arrays, prepared
 from sparse_flax.data import bytes as byte_data
 from sparse_flax.errors import UserError
 
@@ -108,9 +108,13 @@ def prepare(
         )
     sizes = ", ".join(f"{split} {len(splits[split]):,}" for split in splits)
     say(f"{'already there' if there else 'prepared'}: {builder.data_dir} ({sizes})")
-    if kind != "images":
-        more = f" --config.data.path={data_dir}" if data_dir else ""
-        say(f"train on it with --config.data.name=tfds:{name}{more}")
+    more = f" --config.data.path={data_dir}" if data_dir else ""
+    if kind == "images":
+        height, *rest = splits["train"].shape[1:]
+        if rest != [height, 3]:  # which the trainer does not take
+            return
+        more += f" --config.data.size={height} --config=configs/images.py"
+    say(f"train on it with --config.data.name=tfds:{name}{more}")
 
 
 def _bytes(kind: str, path: str, folder: str) -> dict[str, np.ndarray]:
@@ -137,51 +141,7 @@ def _images(path: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
             f"--path={path} does not exist; give a folder with train.npy in it, or a "
             ".npy file"
         )
-    if root.is_file():
-        images_NHWC = _array(root, np.uint8, 4)
-        cuts = [len(images_NHWC) * 90 // 100, len(images_NHWC) * 95 // 100]
-        parts = np.split(images_NHWC, cuts)
-        splits, labels = dict(zip(_SPLITS, parts, strict=True)), {}
-    else:
-        files = {split: root / f"{split}.npy" for split in _SPLITS}
-        files = {k: file for k, file in files.items() if k == "train" or file.exists()}
-        splits = {split: _array(file, np.uint8, 4) for split, file in files.items()}
-        named = {split: root / f"{split}_labels.npy" for split in files}
-        labels = (
-            {split: _array(file, np.integer, 1) for split, file in named.items()}
-            if any(file.exists() for file in named.values())
-            else {}
-        )
-    first = splits["train"].shape[1:]
-    for split, part in splits.items():
-        if part.shape[1:] != first or not part.size:
-            raise UserError(
-                f"{root} has images of shape {part.shape} in {split}, and each split "
-                f"needs one or more of the shape {first} of train; give such arrays"
-            )
-        if labels and len(labels[split]) != len(part):
-            raise UserError(
-                f"{root} has {len(labels[split]):,} labels for the {len(part):,} "
-                f"images in {split}; give as many"
-            )
-    return splits, {split: part.astype(np.int64) for split, part in labels.items()}
-
-
-def _array(path: Path, dtype: type, dimensions: int) -> np.ndarray:
-    """Map a .npy file, of images or of labels."""
-    needed = "uint8 [N, H, W, C]" if dimensions == 4 else "integers [N]"
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}); give a .npy file of {needed}"
-        ) from error
-    if not isinstance(array, np.ndarray) or not (
-        np.issubdtype(array.dtype, dtype) and array.ndim == dimensions
-    ):
-        what = f"{array.dtype} {array.shape}" if hasattr(array, "dtype") else "an .npz"
-        raise UserError(f"{path} holds {what}; give a .npy file of {needed}")
-    return array.view(np.ndarray)
+    return arrays.read(root)
 
 
 def _same(one: np.ndarray, other: np.ndarray) -> bool:
