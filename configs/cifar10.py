@@ -15,7 +15,10 @@ four strided and the others local, batch size 16. No augmentation, as in the pap
 
 Presets:
     merged    every layer strided and local at once, as the paper may have meant
-    laptop    LAPTOP
+    laptop    2 layers and 1,200 images, for two CPU cores: some two minutes (3.5 of
+              processor time; 4 min 20 s on a machine that others used, too). Ends at
+              5.15 bits per dim of 32 validation images, from 8; a table of neighbouring
+              pixels has 5.93 (one run)
 """
 
 from ml_collections import ConfigDict
@@ -54,7 +57,7 @@ def get_config(preset: str = "") -> ConfigDict:
 
 
 def shrink(config: ConfigDict) -> None:
-    """Make it a small model, for two minutes on two CPU cores."""
+    """Make it a small model, for two CPU cores."""
     config.model.layers = 2
     config.model.width = 96
     config.model.heads = 3

@@ -17,7 +17,10 @@ paper's plain interleaving), batch size, learning rate, steps, no dropout.
 Presets:
     262144     25M parameters, 20 layers, stride 512
     1048576    3M parameters, 14 layers, stride 1,024
-    laptop     LAPTOP
+    laptop     2 layers, windows of 4,096, for two CPU cores: some two minutes (3.7 of
+               processor time; 5 min 7 s on a machine that others used, too). On eight
+               minutes of music and speech, ends at 4.94 bits per byte of 32 validation
+               windows, from 8; a bigram table has 5.15 (one run)
 """
 
 from ml_collections import ConfigDict
@@ -58,7 +61,7 @@ def get_config(preset: str = "") -> ConfigDict:
 
 
 def shrink(config: ConfigDict) -> None:
-    """Make it a small model, for two minutes on two CPU cores."""
+    """Make it a small model, for two CPU cores."""
     config.model.context = 4096
     config.model.layers = 2
     config.model.width = 96

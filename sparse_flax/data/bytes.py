@@ -32,7 +32,7 @@ class Splits:
       fingerprint: hex digest of the three splits and their lengths, nothing else: a
         file that was moved keeps it, a file that was changed does not.
       notice: empty, or a sentence that the user must see.
-      published: of a benchmark that is not all there, how many images its splits have.
+      published: of a benchmark of images, how many its splits have when all are there.
     """
 
     name: str
