@@ -34,7 +34,8 @@ pytestmark = pytest.mark.gpu
 
 # B, T, H, H_kv, K, V: few and short, since each costs two dense compilations.
 SHAPE = (2, 1024, 2, 2, 64, 64)
-ODD = (2, 1021, 4, 2, 64, 64)  # grouped queries, and padding
+ODD = (2, 1022, 4, 2, 64, 64)  # grouped queries, and padding
+UNEVEN = (2, 1021, 4, 2, 64, 64)  # jax.nn.dot_product_attention refuses odd lengths
 HALF = (2, 1024, 2, 2, 64, 128)
 WIDE = (2, 1024, 2, 2, 128, 128)
 NARROW = (2, 1024, 2, 2, 40, 24)
@@ -97,10 +98,10 @@ def test_cudnn_on_views_is_as_exact_as_dense_cudnn(pattern, shape, dtype, seed):
     [
         (Dense(), (1, 1, 2, 1, 64, 64)),
         (Dense(), (1, 2, 2, 1, 64, 64)),
-        (Local(2), ODD),
-        (Columns(400), ODD),  # 3 rows
+        (Local(2), UNEVEN),
+        (Columns(400), UNEVEN),  # 3 rows
         (Strided(2), (1, 5, 2, 2, 64, 64)),
-        (PerHead((Strided(32), Fixed(64, 32))), ODD),  # sums gradients in bfloat16
+        (PerHead((Strided(32), Fixed(64, 32))), UNEVEN),  # sums gradients in bfloat16
         (Fixed(2, 2), (1, 9, 2, 2, 64, 64)),
         (Strided(2**14), (1, 2**15 + 5, 2, 2, 64, 64)),  # 2**15 heads
         (Blocks(16), (1, 16 * cudnn.MOST_BLOCKS, 1, 1, 64, 64)),  # as many sequences

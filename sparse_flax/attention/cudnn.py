@@ -17,7 +17,7 @@ exact, since a probability of the union is exp(logit - lse of the union) in each
 Reverse mode only. cuDNN adds up dq in no fixed order, so gradients may differ in the
 last bits from run to run. bfloat16 and float16, with softmax and sums in float32.
 
-Compiled for Hopper; not run on any GPU yet, see tests/test_gpu_cudnn.py.
+Run on Hopper alone (tests/test_gpu_cudnn.py); on other GPUs compiled, never run.
 """
 
 from __future__ import annotations

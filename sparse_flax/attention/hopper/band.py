@@ -21,15 +21,16 @@ def chunks_before(window: int) -> int:
     return -(-(window - 1) // M)
 
 
-def settings(window: int, K: int, V: int) -> tuple[int, int]:
+def settings(window: int, K: int, V: int, after: bool = False) -> tuple[int, int]:
     """Warpgroups of a forward block, and chunks taken at a time (measured).
 
     Two warpgroups that share chunks pay where rows are wide; one, of which four fit a
-    multiprocessor, where they are not.
+    multiprocessor, where they are not. What goes on from another softmax (`after`) has
+    more to keep in registers.
     """
     if max(K, V) > 64 and forward_memory(window, K, V, 2) <= tiles.SHARED_MEMORY:
         return 2, 3
-    return 1, 2
+    return 1, 1 if after and max(K, V) <= 32 else 2
 
 
 def forward_memory(window: int, K: int, V: int, warpgroups: int) -> int:
@@ -71,7 +72,7 @@ def forward(
     (B, T, H, K), V, dtype = q_BTHK.shape, v_BTHV.shape[-1], q_BTHK.dtype
     group = H // k_BTHK.shape[2]
     back = chunks_before(window)
-    warpgroups, at_once = settings(window, K, V)
+    warpgroups, at_once = settings(window, K, V, bool(init))
     loaded = back + warpgroups
 
     def body(q, k, v, *refs):
