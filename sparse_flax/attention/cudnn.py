@@ -23,7 +23,6 @@ Run on Hopper alone (tests/test_gpu_cudnn.py); on other GPUs compiled, never run
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -40,7 +39,7 @@ from sparse_flax.attention.cudnn_calls import (
     TOO_NEW_JAX,
     Core,
 )
-from sparse_flax.attention.hopper.layouts import fit, kept, over_batch, up
+from sparse_flax.attention.layouts import attend_by, fit, up
 from sparse_flax.attention.parts import Part
 from sparse_flax.attention.patterns import Pattern
 
@@ -209,26 +208,10 @@ def attend(
 
     def run(q, k, v, head):
         args = (fit(x, width, 3) for x in (q, k, v))
-        return _attend(Union(pattern.parts(head), scale, core), *args)[..., :V]
+        what = Union(pattern.parts(head), scale, core)
+        return attend_by(_forward, _backward, what, *args)[..., :V]
 
     return heads.by_period(run, q_BTHK, k_BTHK, v_BTHV, pattern.head_period)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(what: Union, q, k, v):
-    return over_batch(functools.partial(_forward, what), q, k, v)[0]
-
-
-def _attend_forward(what, q, k, v):
-    out, lse = kept(*over_batch(functools.partial(_forward, what), q, k, v))
-    return out, (q, k, v, out, lse)
-
-
-def _attend_backward(what, residuals, d_out):
-    return over_batch(functools.partial(_backward, what), *residuals, d_out)
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _forward(what: Union, q, k, v):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from sparse_flax.attention import gathered, parts
-from sparse_flax.attention.hopper.layouts import sum_groups
+from sparse_flax.attention.layouts import sum_groups
 
 OLDEST_JAX, TOO_NEW_JAX = (0, 10, 2), (0, 13)  # tests/test_cudnn.py lowers the calls
 

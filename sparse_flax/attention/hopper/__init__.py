@@ -20,7 +20,6 @@ first call.
     ring.py              the ring of buffers that all walks go through
     steps.py             what one tile adds on a walk
     tiles.py             what all kernels share
-    layouts.py           what stands around them: padding, vmap, names of results
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ the own blocks adds them to the rows they belong to.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -17,16 +16,15 @@ import jax.numpy as jnp
 
 from sparse_flax.attention.hopper import fixed_backward, fixed_forward, tiles
 from sparse_flax.attention.hopper.fixed_walk import Walk
-from sparse_flax.attention.hopper.layouts import (
+from sparse_flax.attention.hopper.ring import Cut
+from sparse_flax.attention.hopper.tiles import M
+from sparse_flax.attention.layouts import (
+    attend_by,
     fit,
-    kept,
-    over_batch,
     positive,
     sum_groups,
     up,
 )
-from sparse_flax.attention.hopper.ring import Cut
-from sparse_flax.attention.hopper.tiles import M
 from sparse_flax.attention.patterns import Blocks, Pattern, Summaries
 
 BLOCKS = (64, 128, 256)
@@ -67,7 +65,7 @@ def attend(
     # behind the last token.
     T_padded = up(T, math.lcm(plan.walk.block, *plan.query_rows))
     args = [fit(fit(x, T_padded, 1), plan.width, 3) for x in (q_BTHK, k_BTHK, v_BTHV)]
-    return _attend(plan, *args)[:, :T, :, :V]
+    return attend_by(_forward, _backward, plan, *args)[:, :T, :, :V]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,23 +108,6 @@ class FixedPlan:
     def query_rows(self) -> tuple[int, ...]:
         """Rows that a block of threads takes, in the kernels that walk over keys."""
         return tuple(x.warpgroups * M for x in (self.forward, self.blocks))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan: FixedPlan, q, k, v):
-    return over_batch(functools.partial(_forward, plan), q, k, v)[0]
-
-
-def _attend_forward(plan, q, k, v):
-    out, lse = kept(*over_batch(functools.partial(_forward, plan), q, k, v))
-    return out, (q, k, v, out, lse)
-
-
-def _attend_backward(plan, residuals, d_out):
-    return over_batch(functools.partial(_backward, plan), *residuals, d_out)
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _forward(plan: FixedPlan, q, k, v):

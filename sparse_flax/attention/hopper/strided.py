@@ -8,7 +8,6 @@ exact, since a probability of the union is exp(logit - lse of the union) in eith
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,15 +25,14 @@ from sparse_flax.attention.hopper import (
     span_forward,
     tiles,
 )
-from sparse_flax.attention.hopper.layouts import (
+from sparse_flax.attention.hopper.spans import Span
+from sparse_flax.attention.layouts import (
+    attend_by,
     fit,
-    kept,
-    over_batch,
     positive,
     sum_groups,
     up,
 )
-from sparse_flax.attention.hopper.spans import Span
 from sparse_flax.attention.parts import Part
 from sparse_flax.attention.patterns import Pattern
 
@@ -95,24 +93,7 @@ def attend(
         fit(x, width, 3)
         for x, width in zip((q_BTHK, k_BTHK, v_BTHV), widths, strict=True)
     ]
-    return _attend(halves, *args)[..., :V]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(halves: Halves, q, k, v):
-    return over_batch(functools.partial(_forward, halves), q, k, v)[0]
-
-
-def _attend_forward(halves, q, k, v):
-    out, lse = kept(*over_batch(functools.partial(_forward, halves), q, k, v))
-    return out, (q, k, v, out, lse)
-
-
-def _attend_backward(halves, residuals, d_out):
-    return over_batch(functools.partial(_backward, halves), *residuals, d_out)
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
+    return attend_by(_forward, _backward, halves, *args)[..., :V]
 
 
 def _forward(halves: Halves, q, k, v):

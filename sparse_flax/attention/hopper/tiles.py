@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from sparse_flax.attention.hopper.layouts import up
+from sparse_flax.attention.layouts import up
 
 LOG2E = math.log2(math.e)
 M = 64  # rows of one wgmma, and the least contraction under a 128-byte swizzle

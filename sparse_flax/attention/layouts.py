@@ -1,10 +1,39 @@
-"""What stands around the kernels of every pattern: padding, batches, shared heads."""
+"""What stands around kernels: their gradient, padding, batches, shared heads."""
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def attend_by(forward, backward, plan, q, k, v):
+    """Return the output of kernels that have kernels for their gradient.
+
+    Args:
+      forward: (plan, q, k, v) -> (out, log-sum-exp).
+      backward: (plan, q, k, v, out, log-sum-exp, d_out) -> (dq, dk, dv).
+      plan: hashable; what is attended to, and how.
+    """
+    del backward
+    return over_batch(functools.partial(forward, plan), q, k, v)[0]
+
+
+def _attend_forward(forward, backward, plan, q, k, v):
+    del backward
+    out, lse = _kept(*over_batch(functools.partial(forward, plan), q, k, v))
+    return out, (q, k, v, out, lse)
+
+
+def _attend_backward(forward, backward, plan, residuals, d_out):
+    del forward
+    return over_batch(functools.partial(backward, plan), *residuals, d_out)
+
+
+attend_by.defvjp(_attend_forward, _attend_backward)
 
 
 def up(n: int, multiple: int) -> int:
@@ -59,7 +88,7 @@ def over_batch(run, *args):
     return mapped(*args)
 
 
-def kept(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _kept(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Name the results, so that a policy of jax.checkpoint can keep them."""
     # Without it XLA runs the kernel twice in a scan over layers: once for what comes
     # after, and once into the stack of results that the backward pass will read.
