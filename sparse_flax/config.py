@@ -63,7 +63,7 @@ def defaults() -> ConfigDict:
                 "init": "code",  # code | paper: see model.py
                 "embedding_std": 0.0,  # of embeddings at the start; 0: as init says
                 "dtype": "bfloat16",  # bfloat16 | float16 | float32, of activations
-                "remat": "full",  # none | full | attention | attention+mlp: model.py
+                "remat": "full",  # or another of model.REMAT, such as attention+mlp
                 "unroll": 1,  # cycles a turn of the loop: faster, slow to compile
                 "attention": "",  # an implementation by name; '' picks
             },

@@ -50,11 +50,13 @@ START = 256  # the input before the first byte
 # `attention_out` and `attention_lse` are named inside of the fused kernels, which are
 # then not run again; plain attention (`gathered`) is.
 ATTENTION = ("qkv", "attention_out", "attention_lse", "residual", "norm")
+WITH_MLP = (*ATTENTION, "mlp", "dropout")
 REMAT = {
     "none": None,  # keep everything, compute nothing again
     "full": (),
     "attention": ATTENTION,
-    "attention+mlp": (*ATTENTION, "mlp", "dropout"),
+    "attention+mlp": WITH_MLP,
+    "products": (*WITH_MLP, "product_input"),  # all that a product reads or gives
 }
 INITS = ("code", "paper")
 

@@ -240,7 +240,7 @@ def test_a_number_that_breaks_a_rule_gets_a_sentence_whose_advice_helps(
     [
         ("init", "codex", ["code", "paper"]),
         ("dtype", "float8", ["bfloat16", "float16", "float32"]),
-        ("remat", "some", ["none", "full", "attention", "attention+mlp"]),
+        ("remat", "some", ["none", "full", "attention", "attention+mlp", "products"]),
         ("attention", "fast", ["", "gathered", "reference"]),
     ],
 )
