@@ -115,6 +115,8 @@ class SampleRun:
             self.stop.ignore()
         if self.stop:
             self.say(f"stopped by {self.stop.signal}")
+            if not any(sampled):  # what an earlier call wrote is worth more
+                return
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         self.say(self.kind.write(self.config, self.given, sampled, self.folder))

@@ -103,6 +103,17 @@ def test_samples_every_kind_alike_from_the_same_seed(exported_model, tmp_path):
         assert levels(tmp_path / "a" / "generated-1.wav").size == 48
 
 
+@pytest.mark.parametrize("exported_model", ["text"], indirect=True)
+def test_stopped_before_the_first_byte_it_writes_nothing(exported_model, tmp_path):
+    _, folder = exported_model
+    config = get_config(f"model:{folder}")
+    config.sample.count = 9
+    run = SampleRun(config, str(tmp_path), model=str(folder), say=(lines := []).append)
+    run.stop.signal = "SIGTERM"
+    run.run()
+    assert lines[-1] == "stopped by SIGTERM" and not list(tmp_path.iterdir())
+
+
 def test_what_belongs_to_another_kind_is_a_sentence(exported_model, tmp_path):
     kind, folder = exported_model
     for of, name, value in (
