@@ -146,6 +146,7 @@ def measure(args: argparse.Namespace) -> dict:
     import jax
     import numpy as np
 
+    from benchmarks import processes
     from sparse_flax import config as config_lib
     from sparse_flax import devices, flops, optim, sharding, state
     from sparse_flax.config_checks import finalize
@@ -206,12 +207,7 @@ def measure(args: argparse.Namespace) -> dict:
         "step_ms_spread": list(1e3 * np.quantile(step_s, [0.05, 0.95])),
         "mfu": used / peak if peak else 0.0,
         "memory_gb": memory / 1e9,
-        "hardware": device.device_kind,
-        "versions": {
-            "jax": jax.__version__,
-            "platform": device.client.platform_version.splitlines()[0],
-            "python": sys.version.split()[0],
-        },
+        **processes.jax_device(),
     }
 
 
