@@ -162,6 +162,7 @@ def measure(args: argparse.Namespace) -> dict:
     config.model.unroll = args.unroll
     if args.context:
         config.model.context, config.model.position_shape = args.context, ()
+        config.data = config_lib.defaults().data  # none is read; pictures have one size
     config.train.batch_size = args.batch_size
     config, _ = finalize(config)
     model_config = config_lib.model_config(config)
