@@ -6,7 +6,11 @@ import argparse
 import sys
 from typing import NoReturn
 
+from matplotlib.figure import Figure
+
+from sparse_flax import trained, visualize
 from sparse_flax.errors import UserError
+from sparse_flax.visualize import page, piece
 
 
 class Parser(argparse.ArgumentParser):
@@ -67,10 +71,6 @@ def main(argv: list[str]) -> None:
       UserError: whatever the user can put right, in a sentence.
     """
     args = parser().parse_args(argv)
-    # Late, so that a mistake in the arguments is answered before jax is loaded.
-    from sparse_flax import visualize
-    from sparse_flax.visualize import page
-
     output = page.check_output(args.output)
     if args.command == "masks":
         title = args.patterns
@@ -85,11 +85,8 @@ def main(argv: list[str]) -> None:
     print(f"figure             {output}")
 
 
-def _attention(args: argparse.Namespace) -> tuple:
+def _attention(args: argparse.Namespace) -> tuple[str, str, Figure]:
     """Return title, caption and figure."""
-    from sparse_flax import trained, visualize
-    from sparse_flax.visualize import piece
-
     folder = args.workdir or args.model
     if not folder or (args.workdir and args.model):
         raise UserError(
