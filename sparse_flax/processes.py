@@ -1,0 +1,347 @@
+"""Several processes as one run: their start, what they tell each other, their end.
+
+Everything goes through the key-value store of jax's coordinator, so that it works
+before and beside the devices. With one process, every function here returns at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from sparse_flax.errors import UserError
+
+ALIVE_EVERY = 1.0  # seconds between two signs of life
+SILENCE = 30  # seconds without one after which a process counts as dead
+# The same for jax, should our own watch hang. Its own 100 and 300 s are long to wait.
+HEARTBEAT_SECONDS = 40
+SHUTDOWN_SECONDS = 45
+ANSWER_SECONDS = 24 * 3600  # a process may be busy; the watch sees whether it lives
+PREFIX = "sparse_flax"
+# What a cluster that jax does not know may say instead.
+OWN = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+_index, _count = 0, 1
+_client: Any = None
+_asked = 0
+_watch: _Watch | None = None
+
+
+def index() -> int:
+    """Return the number of this process; 0 writes and speaks for all."""
+    return _index
+
+
+def count() -> int:
+    """Return how many processes there are."""
+    return _count
+
+
+def is_first() -> bool:
+    """Whether this process writes and speaks for all."""
+    return _index == 0
+
+
+# ---- Start -------------------------------------------------------------------------
+
+
+def start(mode: str, say: Callable[[str], None]) -> None:
+    """Join the other processes of the job, before anything touches a device.
+
+    Args:
+      mode: auto: if the surroundings name more than one process; on: in any case; off:
+        never.
+      say: takes the line that says who is waited for.
+
+    Raises:
+      UserError: the surroundings are contradictory or name nobody though they should,
+        or the others did not come.
+    """
+    global _index, _count, _client, _watch
+    if mode == "off":
+        return
+    found = detect()
+    if found is None and mode == "on":
+        raise UserError(
+            "--distributed=on, but neither SLURM, Open MPI, Kubernetes nor a TPU pod "
+            f"is here; set {', '.join(OWN[:-1])} and {OWN[-1]}, or use --distributed=auto"
+        )
+    if found is None or (mode == "auto" and found[1] == 1):
+        return
+    import jax
+    from jax._src import distributed
+
+    address, number, process, local = found
+    say(
+        f"process {process} of {number} on {socket.gethostname()} waits for the others "
+        f"at {address}"
+    )
+    began = time.monotonic()
+    try:
+        with _sentence_for_the_end():
+            jax.distributed.initialize(
+                address,
+                number,
+                process,
+                local_device_ids=local,
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+                shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+            )
+    except RuntimeError as error:
+        what = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"process {process} of {number} could not join the others at {address}: "
+            f"{what}; see that every process was started and that {address} can be "
+            "reached from each host, or use --distributed=off for this one alone"
+        ) from error
+    _index, _count, _client = process, number, distributed.global_state.client
+    _watch = _Watch()
+    if is_first():
+        say(f"{number} processes met after {time.monotonic() - began:.1f} s")
+
+
+def detect() -> tuple[str, int, int, list[int] | None] | None:
+    """Return coordinator, number of processes, which of them this is, and its devices.
+
+    As jax detects SLURM, Open MPI, Kubernetes and TPU pods, or as the variables in
+    `OWN` say; None where there is no cluster.
+
+    Raises:
+      UserError: there seems to be one, but who belongs to it cannot be found out.
+    """
+    given = {name: os.environ[name] for name in OWN if os.environ.get(name)}
+    if OWN[1] in given or OWN[2] in given:
+        if missing := [name for name in OWN if name not in given]:
+            raise UserError(
+                f"{', '.join(given)} is set, but not {', '.join(missing)}; set all of "
+                f"{', '.join(OWN)} or none"
+            )
+        try:
+            number, process = int(given[OWN[1]]), int(given[OWN[2]])
+        except ValueError:
+            number = process = -1
+        if not 0 <= process < number:
+            raise UserError(
+                f"{OWN[2]}={given[OWN[2]]} must be a number below {OWN[1]}="
+                f"{given[OWN[1]]} and from 0; try {OWN[2]}=0"
+            )
+        return given[OWN[0]], number, process, None
+    if os.environ.get("TPU_WORKER_HOSTNAMES", "").count(",") == 0:
+        alone = "TPU_WORKER_HOSTNAMES" in os.environ
+        if alone and "MEGASCALE_COORDINATOR_ADDRESS" not in os.environ:
+            return None  # one TPU host, such as a notebook's; jax would go on asking
+    from jax._src.clusters import ClusterEnv
+
+    try:
+        address, number, process, local = (
+            ClusterEnv.auto_detect_unset_distributed_params(
+                given.get(OWN[0]), None, None, None, None, 300
+            )
+        )
+    except Exception as error:  # of each kind of cluster its own
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(
+            f"this looks like one of several hosts, but which cannot be found out "
+            f"({what}); set {', '.join(OWN)}, or --distributed=off for this host alone"
+        ) from error
+    if None in (address, number, process):
+        return None
+    return address, number, process, list(local) if local else None
+
+
+@contextlib.contextmanager
+def _sentence_for_the_end() -> Iterator[None]:
+    """Let jax end this process with a sentence where it would abort with a stack.
+
+    When the coordinator dies, jax's client aborts from a thread of its own; only what
+    it is made with can change that, and jax.distributed.initialize does not pass it on.
+    """
+    from jax._src.lib import _jax
+
+    make = _jax.get_distributed_runtime_client
+
+    def make_with_callback(*args: Any, **options: Any) -> Any:
+        return make(*args, missed_heartbeat_callback=_lost, **options)
+
+    _jax.get_distributed_runtime_client = make_with_callback
+    try:
+        yield
+    finally:
+        _jax.get_distributed_runtime_client = make
+
+
+def _lost(status: Any) -> None:
+    what = " ".join(str(status).split())[:160]
+    _end_now(f"the other processes of this run cannot be reached any more ({what})")
+
+
+# ---- What they tell each other -----------------------------------------------------
+
+
+def from_first(value: Any) -> Any:
+    """Return what process 0 gives, made of what JSON can hold; all of them call."""
+    if _count == 1:
+        return value
+    key = _next_key()
+    if is_first():
+        _client.key_value_set(key, json.dumps(value))
+        return value
+    return json.loads(_client.blocking_key_value_get(key, ANSWER_SECONDS * 1000))
+
+
+def gather(value: Any) -> list[Any]:
+    """Return what each process gives, in their order; all call, and wait for all."""
+    if _count == 1:
+        return [value]
+    key = _next_key()
+    _client.key_value_set(f"{key}/{_index}", json.dumps(value))
+    answers = (
+        _client.blocking_key_value_get(f"{key}/{process}", ANSWER_SECONDS * 1000)
+        for process in range(_count)
+    )
+    return [json.loads(answer) for answer in answers]
+
+
+def wait_for_all() -> None:
+    """Return once all processes have come here."""
+    gather(None)
+
+
+@contextlib.contextmanager
+def first_before_the_rest() -> Iterator[None]:
+    """Let process 0 through alone, such as to download; then the others at once.
+
+    If it fails there, so do the others, by the same UserError.
+    """
+    if not is_first() and (problem := from_first("")):
+        raise UserError(problem)
+    try:
+        yield
+    except UserError as error:
+        if is_first():
+            from_first(str(error))
+        raise
+    if is_first():
+        from_first("")
+
+
+def same_everywhere(value: str, what: str) -> None:
+    """Raise UserError on all processes if one gives another value than the first."""
+    host = socket.gethostname()
+    first, *others = gather([value, host])
+    for number, (other, there) in enumerate(others, 1):
+        if other != first[0]:
+            raise UserError(
+                f"process {number} on {there} has {what} than process 0 on {first[1]} "
+                f"({other[:12]} and {first[0][:12]}); give all the same"
+            )
+
+
+def _next_key() -> str:
+    global _asked
+    _asked += 1
+    return f"{PREFIX}/asked/{_asked}"
+
+
+# ---- End ---------------------------------------------------------------------------
+
+
+class _Watch:
+    """Ends this process, with a sentence, once another one is dead.
+
+    A process that waits for a dead one in a collective waits inside of C++, where no
+    exception reaches it.
+    """
+
+    def __init__(self) -> None:
+        self._ended = threading.Event()
+        self._host = socket.gethostname()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Say that this process is well and done, and watch no more."""
+        self._ended.set()
+        self._thread.join(5)
+        self._tell("done")
+
+    def _tell(self, what: str) -> None:
+        key = f"{PREFIX}/alive/{_index}"
+        _client.key_value_set(key, json.dumps([self._host, what]), True)
+
+    def _run(self) -> None:
+        seen: dict[str, tuple[str, float]] = {}
+        beats = 0
+        while not self._ended.wait(ALIVE_EVERY):
+            beats += 1
+            try:
+                self._tell(f"{beats}")
+                there = _client.key_value_dir_get(f"{PREFIX}/alive/")
+            except Exception as error:
+                if not self._ended.is_set():
+                    _lost(error)
+            now = time.monotonic()
+            for key, told in there:
+                process, (host, what) = key.rpartition("/")[2], json.loads(told)
+                if what.startswith("failed"):
+                    why = what.removeprefix("failed ")
+                    _end_now(f"process {process} on {host} ended: {why}")
+                if what == "done" or seen.get(process, ("", 0.0))[0] != what:
+                    seen[process] = (what, now)
+                if now - seen[process][1] > SILENCE:
+                    _end_now(
+                        f"process {process} on {host} has given no sign of life for "
+                        f"{SILENCE} s"
+                    )
+
+    def fail(self, sentence: str) -> None:
+        """Tell the others why this process ends."""
+        self._ended.set()
+        self._thread.join(5)
+        with contextlib.suppress(Exception):
+            self._tell(f"failed {sentence}")
+            if is_first():  # with which all that was told goes
+                time.sleep(3 * ALIVE_EVERY)
+
+
+def _end_now(sentence: str) -> None:
+    print(
+        f"error: {sentence}; process {_index} ends, too: the same command on all "
+        "hosts goes on from the last checkpoint",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
+
+
+def fail(status: int, sentence: str) -> None:
+    """Tell the others and end at once; return if there are none.
+
+    An ordinary exit would wait for processes that wait for this one.
+    """
+    if _watch is None:
+        return
+    _watch.fail(sentence)
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def finish() -> None:
+    """Wait for the others to finish, and part from them."""
+    global _watch
+    if _watch is None:
+        return
+    import jax
+
+    wait_for_all()
+    _watch.stop()
+    _watch = None
+    wait_for_all()
+    jax.distributed.shutdown()

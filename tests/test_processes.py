@@ -1,0 +1,164 @@
+"""Two real processes of four CPU devices each: they train, they are killed, go on."""
+
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CONFIG = """
+from sparse_flax.config import defaults
+
+def get_config():
+    config = defaults()
+    config.data.name = "bytes"
+    config.data.path = "text.txt"
+    config.model.context = 64
+    config.model.layers = 1
+    config.model.width = 16
+    config.model.heads = 2
+    config.model.patterns = "Strided(8)"
+    config.model.dropout = 0.2
+    config.model.dtype = "float32"
+    config.mesh.data = 4
+    config.mesh.fsdp = 2
+    config.train.steps = 12
+    config.train.batch_size = 16
+    config.optim.warmup_steps = 2
+    config.eval.every_steps = 6
+    config.eval.max_windows = 16
+    config.eval.batch_size = 8
+    config.eval.prompt_bytes = 20
+    config.eval.sample_bytes = 20
+    config.checkpoint.every_steps = 4
+    config.log.every_steps = 1
+    return config
+"""
+LONG = ("--config.train.steps=100000", "--config.checkpoint.every_steps=20")
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A folder with a config, a text, and what was compiled before."""
+    folder = tmp_path_factory.mktemp("processes")
+    (folder / "tiny.py").write_text(CONFIG)
+    rng = random.Random(0)
+    (folder / "text.txt").write_text("".join(rng.choices("etaoin shr", k=20_000)))
+    return folder
+
+
+class Job:
+    """Processes of one run, started as a scheduler would; what they print in files."""
+
+    def __init__(self, here, workdir, *arguments, count=2, cluster=None, **options):
+        port = _free_port()
+        self.logs = [here / f"{workdir}-{i}-{port}.log" for i in range(count)]
+        self.processes = []
+        for index, log in enumerate(self.logs):
+            # What jax detects, not flags of our own.
+            names = (cluster or _slurm)(index, count, port) if count > 1 else {}
+            quiet = {
+                "PYTHONPATH": str(ROOT),
+                "JAX_PLATFORMS": "cpu",
+                "XLA_FLAGS": "--xla_force_host_platform_device_count="
+                f"{8 // count} --xla_cpu_multi_thread_eigen=false",
+                "JAX_COMPILATION_CACHE_DIR": str(here / f"compiled-{count}-{index}"),
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+            }
+            where = options.get("workdirs", [workdir] * count)[index]
+            command = [sys.executable, "-m", "sparse_flax.main", f"--workdir={where}"]
+            if not any("--config=" in argument for argument in arguments):
+                command.append("--config=tiny.py")
+            with open(log, "w") as file:
+                self.processes.append(
+                    subprocess.Popen(
+                        [*command, *arguments],
+                        cwd=here,
+                        env=os.environ | quiet | names,
+                        stdout=file,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+    def text(self, index):
+        return self.logs[index].read_text()
+
+    def wait_for(self, pattern, index=0, seconds=40):
+        until = time.monotonic() + seconds
+        while not (found := re.search(pattern, self.text(index))):
+            alive = self.processes[index].poll() is None
+            assert alive and time.monotonic() < until, self.text(index)
+            time.sleep(0.05)
+        return found
+
+    def end(self, seconds=50):
+        """Return the exit statuses, once all have ended."""
+        until = time.monotonic() + seconds
+        return [
+            process.wait(max(until - time.monotonic(), 0.1))
+            for process in self.processes
+        ]
+
+
+def _free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _slurm(index, count, port):
+    return {
+        "SLURM_JOB_ID": "1",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": f"{count}",
+        "SLURM_PROCID": f"{index}",
+        "SLURM_LOCALID": f"{index}",
+        "JAX_COORDINATOR_PORT": f"{port}",
+    }
+
+
+def _own(index, count, port):
+    return {
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+        "JAX_NUM_PROCESSES": f"{count}",
+        "JAX_PROCESS_ID": f"{index}",
+    }
+
+
+def fingerprint(text):
+    return re.search("parameters fingerprint: (.*)", text)[1]
+
+
+def rows(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_two_processes_train_and_one_speaks(here):
+    with Job(here, "whole") as job:
+        assert job.end() == [0, 0], job.text(0) + job.text(1)
+    first, second = job.text(0), job.text(1)
+    assert "process 0 of 2 on" in first and "waits for the others at" in first
+    assert "finished at step 12" in first
+    # Gloo prints for itself.
+    rest = [line for line in second.splitlines() if "Gloo" not in line]
+    assert len(rest) == 1 and "process 1 of 2" in rest[0], second
+    steps = [row["step"] for row in rows(here / "whole") if row["split"] == "train"]
+    assert steps == list(range(1, 13))
