@@ -84,6 +84,9 @@ def start(mode: str, say: Callable[[str], None]) -> None:
         f"at {address}"
     )
     began = time.monotonic()
+    # Of two programs that CPUs run at a time, one process may begin the first and
+    # another the second, and each wait for the other. Accelerators keep the order.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         with _sentence_for_the_end():
             jax.distributed.initialize(

@@ -37,7 +37,7 @@ def get_config():
     config.eval.max_windows = 16
     config.eval.batch_size = 8
     config.eval.prompt_bytes = 20
-    config.eval.sample_bytes = 20
+    config.eval.sample_bytes = 0
     config.checkpoint.every_steps = 4
     config.log.every_steps = 1
     return config
@@ -69,8 +69,9 @@ class Job:
                 "PYTHONPATH": str(ROOT),
                 "JAX_PLATFORMS": "cpu",
                 "XLA_FLAGS": "--xla_force_host_platform_device_count="
-                f"{8 // count} --xla_cpu_multi_thread_eigen=false",
-                "JAX_COMPILATION_CACHE_DIR": str(here / f"compiled-{count}-{index}"),
+                f"{8 // count}",
+                "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+                "JAX_COMPILATION_CACHE_DIR": str(here / f"compiled-{count}"),
                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
                 "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
             }
