@@ -28,8 +28,7 @@ def get_config():
     config.model.patterns = "Strided(8)"
     config.model.dropout = 0.2
     config.model.dtype = "float32"
-    config.mesh.data = 4
-    config.mesh.fsdp = 2
+    config.mesh.data = 8
     config.train.steps = 12
     config.train.batch_size = 16
     config.optim.warmup_steps = 2
@@ -163,3 +162,100 @@ def test_two_processes_train_and_one_speaks(here):
     assert len(rest) == 1 and "process 1 of 2" in rest[0], second
     steps = [row["step"] for row in rows(here / "whole") if row["split"] == "train"]
     assert steps == list(range(1, 13))
+
+
+@pytest.mark.slow
+def test_killed_and_gone_on_with_nothing_is_lost(here):
+    with Job(here, "straight") as job:
+        assert job.end() == [0, 0], job.text(0) + job.text(1)
+        expected = fingerprint(job.text(0))
+    victim = random.randrange(2)
+    with Job(here, "killed") as job:
+        job.wait_for(f"step {random.randrange(5, 12)}/12")
+        os.kill(job.processes[victim].pid, signal.SIGKILL)
+        statuses = job.end()
+    assert statuses[victim] == -signal.SIGKILL and statuses[1 - victim] == 1, statuses
+    assert "error: " in job.text(1 - victim) and "Traceback" not in job.text(1 - victim)
+    with Job(here, "killed", cluster=_own) as job:
+        assert job.end() == [0, 0], job.text(0) + job.text(1)
+    assert re.search("from the checkpoint at step (4|8)", job.text(0))
+    assert fingerprint(job.text(0)) == expected
+
+
+@pytest.mark.slow
+def test_goes_on_as_another_number_of_processes(here):
+    with Job(here, "moved", "--config.train.steps=4") as job:
+        assert job.end() == [0, 0], job.text(0) + job.text(1)
+    with Job(here, "moved", "--config.train.steps=8", count=1) as job:
+        assert job.end() == [0], job.text(0)
+        assert "from the checkpoint at step 4" in job.text(0)
+    with Job(here, "alone", "--config.train.steps=4", count=1) as job:
+        assert job.end() == [0], job.text(0)
+    moved, alone = rows(here / "moved"), rows(here / "alone")
+    # The same mesh, its sums over other wires: equal but for rounding.
+    for ours, theirs in zip(moved, alone, strict=False):
+        assert ours["step"] == theirs["step"] and ours["split"] == theirs["split"]
+        if ours["step"] <= 4 and ours["split"] == "train":
+            both = ours["bits_per_byte"], theirs["bits_per_byte"]
+            assert both[0] == pytest.approx(both[1], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_who_is_left_ends_within_a_minute_and_says_why(here, victim):
+    with Job(here, f"left-{victim}", *LONG) as job:
+        job.wait_for("step 3/")
+        os.kill(job.processes[victim].pid, signal.SIGKILL)
+        began = time.monotonic()
+        statuses = job.end(60)
+        assert time.monotonic() - began < 60
+    text = job.text(1 - victim)
+    assert statuses[1 - victim] == 1
+    assert f"process {1 - victim} ends, too" in text and "Traceback" not in text, text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [0, 1])
+def test_sigterm_to_one_saves_the_same_step_everywhere(here, told):
+    name = f"told-{told}"
+    with Job(here, name, *LONG) as job:
+        job.wait_for("step 3/")
+        job.processes[told].send_signal(signal.SIGTERM)
+        assert job.end() == [0, 0], job.text(0) + job.text(1)
+    step = re.search("stopped by SIGTERM at step ([0-9,]+)", job.text(0))[1]
+    assert (here / name / "checkpoints" / step).is_dir()
+
+
+@pytest.mark.slow
+def test_sigterm_during_an_evaluation_gives_it_up(here):
+    (here / "long.txt").write_bytes((here / "text.txt").read_bytes() * 60)
+    options = "--config.data.path=long.txt", "--config.eval.max_windows=0"
+    # Of 900 batches of eight windows.
+    with Job(here, "evaluating", *LONG, *options) as job:
+        job.wait_for("resume   ")
+        time.sleep(3)
+        job.processes[1].send_signal(signal.SIGTERM)
+        assert job.end() == [0, 0], job.text(0) + job.text(1)
+    assert "stopped by SIGTERM at step 0" in job.text(0)
+
+
+@pytest.mark.slow
+def test_a_folder_of_each_host_is_refused_on_all(here):
+    with Job(here, "mine", workdirs=["mine", "yours"]) as job:
+        assert job.end() == [2, 2]
+    for index in range(2):
+        assert "is not the folder that" in job.text(index)
+        assert "all hosts share" in job.text(index)
+
+
+@pytest.mark.slow
+def test_an_evaluation_over_processes(here):
+    with Job(here, "scored") as job:
+        assert job.end() == [0, 0], job.text(0) + job.text(1)
+    found = []
+    for count in (2, 1):
+        with Job(here, "scored", "--mode=eval", "--config=tiny.py", count=count) as job:
+            assert set(job.end()) == {0}, job.text(0)
+    lines = (here / "scored" / "eval.jsonl").read_text().splitlines()
+    found = [json.loads(line)["bits_per_byte"] for line in lines]
+    assert len(found) == 2 and found[0] == pytest.approx(found[1], rel=1e-5)
