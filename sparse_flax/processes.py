@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -19,12 +20,13 @@ from typing import Any
 from sparse_flax.errors import UserError
 
 ALIVE_EVERY = 1.0  # seconds between two signs of life
-SILENCE = 30  # seconds without one after which a process counts as dead
+SILENCE = 25  # seconds without one after which a process counts as dead
 # The same for jax, should our own watch hang. Its own 100 and 300 s are long to wait.
-HEARTBEAT_SECONDS = 40
+HEARTBEAT_SECONDS = 50
 SHUTDOWN_SECONDS = 45
 ANSWER_SECONDS = 24 * 3600  # a process may be busy; the watch sees whether it lives
 PREFIX = "sparse_flax"
+GO_ON = "the same command on all hosts goes on from the last checkpoint"
 # What a cluster that jax does not know may say instead.
 OWN = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
@@ -71,7 +73,8 @@ def start(mode: str, say: Callable[[str], None]) -> None:
     if found is None and mode == "on":
         raise UserError(
             "--distributed=on, but neither SLURM, Open MPI, Kubernetes nor a TPU pod "
-            f"is here; set {', '.join(OWN[:-1])} and {OWN[-1]}, or use --distributed=auto"
+            f"is here; set {', '.join(OWN[:-1])} and {OWN[-1]}, or use "
+            "--distributed=auto"
         )
     if found is None or (mode == "auto" and found[1] == 1):
         return
@@ -88,15 +91,14 @@ def start(mode: str, say: Callable[[str], None]) -> None:
     # another the second, and each wait for the other. Accelerators keep the order.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
-        with _sentence_for_the_end():
-            jax.distributed.initialize(
-                address,
-                number,
-                process,
-                local_device_ids=local,
-                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-                shutdown_timeout_seconds=SHUTDOWN_SECONDS,
-            )
+        jax.distributed.initialize(
+            address,
+            number,
+            process,
+            local_device_ids=local,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+        )
     except RuntimeError as error:
         what = " ".join(str(error).split())[:200]
         raise UserError(
@@ -157,32 +159,6 @@ def detect() -> tuple[str, int, int, list[int] | None] | None:
     if None in (address, number, process):
         return None
     return address, number, process, list(local) if local else None
-
-
-@contextlib.contextmanager
-def _sentence_for_the_end() -> Iterator[None]:
-    """Let jax end this process with a sentence where it would abort with a stack.
-
-    When the coordinator dies, jax's client aborts from a thread of its own; only what
-    it is made with can change that, and jax.distributed.initialize does not pass it on.
-    """
-    from jax._src.lib import _jax
-
-    make = _jax.get_distributed_runtime_client
-
-    def make_with_callback(*args: Any, **options: Any) -> Any:
-        return make(*args, missed_heartbeat_callback=_lost, **options)
-
-    _jax.get_distributed_runtime_client = make_with_callback
-    try:
-        yield
-    finally:
-        _jax.get_distributed_runtime_client = make
-
-
-def _lost(status: Any) -> None:
-    what = " ".join(str(status).split())[:160]
-    _end_now(f"the other processes of this run cannot be reached any more ({what})")
 
 
 # ---- What they tell each other -----------------------------------------------------
@@ -266,6 +242,13 @@ class _Watch:
     def __init__(self) -> None:
         self._ended = threading.Event()
         self._host = socket.gethostname()
+        # When the coordinator is killed, jax aborts this process from a thread of its
+        # own, which nothing in here outlives. The shell does, and then has the word.
+        self._epitaph = subprocess.Popen(
+            ["sh", "-c", 'read word || echo "$0" >&2', f"error: {self._ending()}"],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -274,6 +257,17 @@ class _Watch:
         self._ended.set()
         self._thread.join(5)
         self._tell("done")
+
+    def _ending(self) -> str:
+        return (
+            f"process {_index} of {_count} on {self._host} was ended from outside, or "
+            f"because process 0 was; {GO_ON}"
+        )
+
+    def silence_epitaph(self) -> None:
+        """Let nothing be said when this process ends, as it has been."""
+        with contextlib.suppress(OSError):
+            self._epitaph.communicate(b"known\n")
 
     def _tell(self, what: str) -> None:
         key = f"{PREFIX}/alive/{_index}"
@@ -288,8 +282,10 @@ class _Watch:
                 self._tell(f"{beats}")
                 there = _client.key_value_dir_get(f"{PREFIX}/alive/")
             except Exception as error:
-                if not self._ended.is_set():
-                    _lost(error)
+                if self._ended.is_set():
+                    return
+                what = " ".join(str(error).split())[:160]
+                _end_now(f"process 0 cannot be reached any more ({what})")
             now = time.monotonic()
             for key, told in there:
                 process, (host, what) = key.rpartition("/")[2], json.loads(told)
@@ -316,11 +312,12 @@ class _Watch:
 
 def _end_now(sentence: str) -> None:
     print(
-        f"error: {sentence}; process {_index} ends, too: the same command on all "
-        "hosts goes on from the last checkpoint",
+        f"error: {sentence}; process {_index} ends, too; {GO_ON}",
         file=sys.stderr,
         flush=True,
     )
+    if _watch:
+        _watch.silence_epitaph()
     os._exit(1)
 
 
@@ -332,6 +329,7 @@ def fail(status: int, sentence: str) -> None:
     if _watch is None:
         return
     _watch.fail(sentence)
+    _watch.silence_epitaph()
     sys.stdout.flush()
     os._exit(status)
 
@@ -345,6 +343,7 @@ def finish() -> None:
 
     wait_for_all()
     _watch.stop()
-    _watch = None
     wait_for_all()
+    _watch.silence_epitaph()
+    _watch = None
     jax.distributed.shutdown()

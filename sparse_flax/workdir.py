@@ -28,9 +28,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sparse_flax import __version__
+from sparse_flax import __version__, processes
 from sparse_flax import config as config_lib
-from sparse_flax import processes
 from sparse_flax.data.bytes import Splits
 from sparse_flax.errors import UserError
 

