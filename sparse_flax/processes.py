@@ -290,6 +290,9 @@ class _Watch:
             for key, told in there:
                 process, (host, what) = key.rpartition("/")[2], json.loads(told)
                 if what.startswith("failed"):
+                    # What is wrong on all, each of them says by itself.
+                    if self._ended.wait(2 * ALIVE_EVERY):
+                        return
                     why = what.removeprefix("failed ")
                     _end_now(f"process {process} on {host} ended: {why}")
                 if what == "done" or seen.get(process, ("", 0.0))[0] != what:
@@ -307,7 +310,7 @@ class _Watch:
         with contextlib.suppress(Exception):
             self._tell(f"failed {sentence}")
             if is_first():  # with which all that was told goes
-                time.sleep(3 * ALIVE_EVERY)
+                time.sleep(4 * ALIVE_EVERY)
 
 
 def _end_now(sentence: str) -> None:

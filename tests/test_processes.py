@@ -11,7 +11,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from sparse_flax import processes
+from sparse_flax.data.batches import RandomWindows
+from sparse_flax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 CONFIG = """
@@ -139,6 +144,35 @@ def _own(index, count, port):
         "JAX_NUM_PROCESSES": f"{count}",
         "JAX_PROCESS_ID": f"{index}",
     }
+
+
+def test_own_rows_are_those_of_the_whole_batch():
+    data = np.random.default_rng(0).integers(0, 256, 1000, np.uint8)
+    options = {"batch_size": 6, "context": 64, "seed": 3, "steps": 9}
+    whole = RandomWindows(data, **options)
+    part = RandomWindows(data, **options, rows=np.array([1, 4, 5]))
+    for step in range(9):
+        assert (part[step] == whole[step][[1, 4, 5]]).all()
+
+
+def test_who_takes_part(monkeypatch):
+    for name in [*processes.OWN, "TPU_WORKER_HOSTNAMES", *_slurm(0, 2, 1)]:
+        monkeypatch.delenv(name, raising=False)
+    assert processes.detect() is None
+    with pytest.raises(UserError, match="--distributed=on, but neither SLURM"):
+        processes.start("on", print)
+    for name, value in _slurm(1, 2, 1234).items():
+        monkeypatch.setenv(name, value)
+    assert processes.detect() == ("localhost:1234", 2, 1, [1])
+    monkeypatch.setenv("JAX_PROCESS_ID", "2")
+    with pytest.raises(UserError, match="not JAX_COORDINATOR_ADDRESS, JAX_NUM_PROC"):
+        processes.detect()
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "a:1")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    with pytest.raises(UserError, match="JAX_PROCESS_ID=2 must be a number below"):
+        processes.detect()
+    monkeypatch.setenv("JAX_PROCESS_ID", "1")
+    assert processes.detect() == ("a:1", 2, 1, None)
 
 
 def fingerprint(text):
