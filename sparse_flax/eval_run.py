@@ -24,7 +24,7 @@ from sparse_flax.data import batches, sources
 from sparse_flax.errors import UserError
 from sparse_flax.metrics import first_not_finite, read_rows
 from sparse_flax.model import SparseTransformer
-from sparse_flax.sharding import make_mesh
+from sparse_flax.sharding import make_mesh, own_rows
 from sparse_flax.stopping import StopRequest
 from sparse_flax.workdir import RunFolder, writing
 
@@ -203,11 +203,13 @@ class EvalRun:
             what = "images" if self.data.ndim == 2 else "windows"
             self.say(f"evaluating checkpoint {step}: {self.windows:,} {what}")
             began = time.monotonic()
-            rows = self.config.eval.batch_size
+            size = self.config.eval.batch_size
             score = evaluate.bits_per_byte(
                 model,
-                batches.evaluation_batches(self.data, batch_size=rows, **self.cut),
-                count=-(-self.windows // rows),
+                batches.evaluation_batches(
+                    self.data, batch_size=size, rows=own_rows(size), **self.cut
+                ),
+                count=-(-self.windows // size),
                 stop=self.stop,
                 say=self.say,
             )

@@ -58,9 +58,9 @@ _DISTRIBUTED = flags.DEFINE_enum(
     "distributed",
     "auto",
     ["auto", "on", "off"],
-    "--mode=train or eval: run as one of several processes. auto: where SLURM, Open "
-    "MPI, Kubernetes or a TPU pod is found, or JAX_COORDINATOR_ADDRESS, "
-    "JAX_NUM_PROCESSES and JAX_PROCESS_ID are set.",
+    "Be one of several processes, in every mode but dry_run. auto: where SLURM, Open "
+    "MPI, GKE or a TPU pod is found, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
+    "JAX_PROCESS_ID are set.",
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir",
@@ -76,7 +76,7 @@ OF_SOME_MODES = {
     "model": ["sample", "export"],
     "device": ["dry_run"],
     "profile": ["train"],
-    "distributed": ["train", "eval"],
+    "distributed": ["train", "eval", "sample", "export"],
     "workdir": ["train", "eval", "sample", "export"],
 }
 
@@ -118,8 +118,7 @@ def main(argv: list[str]) -> int:
 
         return 0 if dry_run.run(_CONFIG.value, _DEVICE.value, say=_say) else 1
     workdir = _WORKDIR.value or default_workdir()
-    if _MODE.value in OF_SOME_MODES["distributed"]:
-        processes.start(_DISTRIBUTED.value, lambda line: print(line, flush=True))
+    processes.start(_DISTRIBUTED.value, lambda line: print(line, flush=True))
     if _MODE.value == "eval":
         from sparse_flax.eval_run import EvalRun
 

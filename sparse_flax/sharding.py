@@ -90,7 +90,7 @@ def put_batch(batch: Any, B: int | None = None) -> Any:
 
         def piece(index: tuple[slice, ...]) -> np.ndarray:
             wanted = np.arange(B or len(x))[index[0]]
-            return x[np.searchsorted(rows, wanted)]
+            return x[np.searchsorted(rows, wanted)][:, *index[1:]]
 
         shape = B or len(x), *x.shape[1:]
         return jax.make_array_from_callback(shape, sharding, piece)
@@ -109,7 +109,8 @@ def own_rows(B: int) -> np.ndarray:
             f"a batch of {B} rows does not split over the {batch_shards()} devices of "
             f"mesh.data x mesh.fsdp; try {nearest}"
         )
-    there = batch_sharding().addressable_devices_indices_map((B,)).values()
+    rows = NamedSharding(jax.sharding.get_mesh(), P(ACTIVATION_AXES["B"]))
+    there = rows.addressable_devices_indices_map((B,)).values()
     return np.unique(np.concatenate([np.arange(B)[index] for index in there]))
 
 

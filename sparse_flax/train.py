@@ -81,8 +81,9 @@ class Trainer:
                 self.saved = self.step if restored else None
                 banner.show(say, self.config, args[0], self.splits, self.saved)
                 batch_size = self.config.train.batch_size
-                several = processes.count() > 1
-                self.rows = own_rows(batch_size) if several else None
+                rows, self.eval_rows = map(
+                    own_rows, (batch_size, self.config.eval.batch_size)
+                )
             self.first, self.batch = self.step, None
             self.stream = batches.train_batches(
                 self.splits.train,
@@ -91,7 +92,7 @@ class Trainer:
                 seed=self.config.seed,
                 start=self.step,
                 steps=self.config.train.steps,
-                rows=self.rows,
+                rows=rows,
             )
             # Now that nothing is left to refuse, on any host.
             processes.wait_for_all()
@@ -261,6 +262,7 @@ class Trainer:
                 batch_size=config.batch_size,
                 context=context,
                 max_windows=config.max_windows,
+                rows=self.eval_rows,
             ),
             count=-(-windows // config.batch_size),
             stop=self.stop,

@@ -1,7 +1,7 @@
 """Batches as a pure function of (seed, step), so that a resumed run repeats nothing.
 
-Of a training batch every process makes the rows that its own devices hold. Where the
-windows lie follows from the seed, whoever asks.
+Of several processes each reads, of every batch, the rows that its own devices hold.
+Where the windows lie follows from the seed, whoever asks.
 """
 
 import functools
@@ -167,6 +167,7 @@ def evaluation_batches(
     context: int,
     max_windows: int = 0,
     min_context: int = 0,
+    rows: np.ndarray | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yield windows that score every byte of the data exactly once.
 
@@ -185,6 +186,7 @@ def evaluation_batches(
         full ones, spread evenly over the data, always the same. The first is then
         scored like the others, as it would weigh too much.
       min_context: M, below T.
+      rows: which rows of each batch to read, by default all; the others are zeros.
 
     Yields:
       What `inputs_and_targets` gives, and weights_BT: float32 [B, T], 1 for a byte to
@@ -197,6 +199,7 @@ def evaluation_batches(
         weights_BT = np.zeros((batch_size, context), np.float32)
         for row, window in enumerate(windows[first : first + batch_size]):
             begins = first + row == 0 and len(windows) == whole
-            windows_BT[row, : window.size] = window
+            if rows is None or row in rows:
+                windows_BT[row, : window.size] = window
             weights_BT[row, 0 if begins else min_context : window.size] = 1
         yield inputs_and_targets(windows_BT) | {"weights_BT": weights_BT}
