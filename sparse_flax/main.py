@@ -237,7 +237,7 @@ def _main_and_part(argv: list[str]) -> int:
 
 def _end(status: int, sentence: str) -> NoReturn:
     print(sentence, file=sys.stderr, flush=True)
-    processes.fail(status, sentence)
+    processes.fail(status, sentence.removeprefix("error: "))
     sys.exit(status)
 
 
