@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -170,6 +171,23 @@ def first_not_finite(model: Any, good_gradients: list[bool]) -> str:
     return "every parameter and gradient is finite, but what follows from them is not"
 
 
+def draw_rows(
+    axes: Axes,
+    rows: list[dict[str, Any]],
+    name: str = "",
+    colors: tuple[str, str] = ("#9ab8d8", "#c0392b"),
+) -> None:
+    """Draw bits against steps, training and validation, each in its color."""
+    thin, marked = {"linewidth": 1}, {"linewidth": 1.5, "marker": "o", "markersize": 4}
+    for split, color, style in zip(
+        ("train", "validation"), colors, (thin, marked), strict=True
+    ):
+        points = [(r["step"], r["bits_per_byte"]) for r in rows if r["split"] == split]
+        if points:
+            label = f"{name} {split}".strip()
+            axes.plot(*np.array(points).T, label=label, color=color, **style)
+
+
 def plot_curve(
     rows: list[dict[str, Any]], path: Path, floor: Floor | None, unit: str
 ) -> None:
@@ -177,13 +195,7 @@ def plot_curve(
     # Not by pyplot, which needs a screen or takes a notebook's own away.
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for split, style in (
-        ("train", {"color": "#9ab8d8", "linewidth": 1}),
-        ("validation", {"color": "#c0392b", "linewidth": 1.5, "marker": "o"}),
-    ):
-        points = [(r["step"], r["bits_per_byte"]) for r in rows if r["split"] == split]
-        if points:
-            axes.plot(*np.array(points).T, label=split, markersize=4, **style)
+    draw_rows(axes, rows)
     if floor:
         axes.axhline(floor.bits, color="#7f8c8d", linestyle="--", linewidth=1)
         axes.annotate(

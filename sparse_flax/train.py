@@ -11,7 +11,16 @@ from typing import Any, NoReturn
 import jax
 from ml_collections import ConfigDict
 
-from sparse_flax import banner, evaluate, optim, processes, progress, sample, state
+from sparse_flax import (
+    banner,
+    evaluate,
+    optim,
+    processes,
+    progress,
+    sample,
+    state,
+    trained,
+)
 from sparse_flax import config as config_lib
 from sparse_flax.checkpoint import Checkpointer
 from sparse_flax.config_checks import finalize
@@ -27,6 +36,26 @@ from sparse_flax.train_step import make_train_step
 from sparse_flax.workdir import WorkDir
 
 Metrics = dict[str, Any]
+
+
+def run(
+    config: ConfigDict, workdir: str, say: Callable[[str], None] = print
+) -> SparseTransformer:
+    """Train, or go on training, and return the weights, off the mesh: for a notebook.
+
+    >>> model = train.run(config, "runs/mine")
+
+    Args:
+      config: not yet finalized; config.eval.weights chooses the weights.
+      workdir: where the run is, or will be.
+      say: called with each line that the user should read.
+
+    Raises:
+      UserError: whatever the user can put right, in a sentence.
+    """
+    trainer = Trainer(config, workdir, say)
+    trainer.run()
+    return trained.off_mesh(trainer.chosen_model())
 
 
 class Trainer:
