@@ -7,9 +7,9 @@ enwik8's model, its own pattern and dense attention, a window of 12,288 bytes at
 for 1 and for 64 rows: seconds a byte at a position are those of the loop that
 `generate` runs, started there over caches that are empty but as large (what they hold
 changes no time), best of three calls of 64 bytes. The average over the window is that
-of the middles of its quarters: a call reads as far as its quarter ends, so that within
-a quarter the time does not change. CIFAR-10's model: 64 images, all of their bytes, by
-`generate` itself, compiling left out.
+of the middles of its parts (quarters, or eighths with many rows): a call reads as far
+as its part ends, so that within a part the time does not change. CIFAR-10's model: 64
+images, all of their bytes, by `generate` itself, compiling left out.
 
 The share of memory bandwidth is what a step must read (weights once, and of the caches
 what the byte at this position sees) a second, of the vendor's figure.
@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import runpy
 import shlex
@@ -103,8 +104,8 @@ def model_config(name: str, pattern: str, quick: bool) -> ModelConfig:
 def window(name: str, config: ModelConfig, rows: int, kind: str) -> dict:
     """Time a byte at some positions of a window, and average over all of it."""
     T = config.context
-    quarter = max(T // 4, generate.SMALLEST_QUARTER)
-    middles = range(quarter // 2, T, quarter)
+    ends = sorted({generate.reach(end, T, rows) for end in range(1, T + 1)})
+    middles = [(a + b) // 2 for a, b in itertools.pairwise([0, *ends])]
     asked = [round(500 / 12288 * T), min(round(12000 / 12288 * T), T - BYTES)]
     model = make(config)
     weights = jax.block_until_ready(decoder(model))
@@ -115,7 +116,7 @@ def window(name: str, config: ModelConfig, rows: int, kind: str) -> dict:
     keys_B = jax.random.split(jax.random.key(0), rows)
     seconds, compile_s, compiled = {}, 0.0, set()
     for position in sorted({*middles, *asked}):
-        reach = min(position + BYTES + -(position + BYTES) % quarter, T)
+        reach = generate.reach(position + BYTES, T, rows)
         best = float("inf")
         for _ in range(3 + (reach not in compiled)):
             began = time.perf_counter()
