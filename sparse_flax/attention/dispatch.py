@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from sparse_flax.attention import cudnn, gathered, hopper, reference
+from sparse_flax.attention import cudnn, gathered, hopper, reference, tpu
 from sparse_flax.attention.patterns import Pattern
 
 # Fastest first: where none is named, the first that runs on the device and supports
@@ -24,6 +24,7 @@ from sparse_flax.attention.patterns import Pattern
 IMPLEMENTATIONS: dict[str, ModuleType] = {
     "hopper": hopper,
     "cudnn": cudnn,
+    "tpu": tpu,
     "gathered": gathered,
     "reference": reference,
 }
@@ -50,8 +51,9 @@ def sparse_attention(
       pattern: who sees whom. Patterns belong to query heads by global index.
       scale: multiplies q.k; 1/sqrt(K) by default.
       implementation: 'hopper' (kernels for an H100 or H200, reverse mode only),
-        'cudnn' (NVIDIA GPUs from Ampere on, reverse mode only), 'gathered' (any
-        device, differentiable to any order) or 'reference' (dense, float32). None
+        'cudnn' (NVIDIA GPUs from Ampere on, reverse mode only), 'tpu' (TPUs from v4
+        on, reverse mode only), 'gathered' (any device, differentiable to any order)
+        or 'reference' (dense, float32). None
         picks the fastest that supports the call on the device it is traced for: the
         mesh's, else the default one. One named here is used or refused, never
         replaced.
