@@ -8,19 +8,10 @@ it, and all see the same mask. Scores are float32; q is scaled in its own dtype 
 from __future__ import annotations
 
 import functools
+from types import ModuleType
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-    splash_attention_kernel as splash,
-)
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-    splash_attention_mask as masks,
-)
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-    splash_attention_mask_info as infos,
-)
 
 from sparse_flax.attention.layouts import fit, up
 from sparse_flax.attention.pieces import Core
@@ -42,6 +33,17 @@ class Seen(NamedTuple):
     width: int | None = None
 
 
+def _private() -> tuple[ModuleType, ModuleType, ModuleType]:
+    """Its kernels, masks, and masks by tiles: imported only when called."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel,
+        splash_attention_mask,
+        splash_attention_mask_info,
+    )
+
+    return splash_attention_kernel, splash_attention_mask, splash_attention_mask_info
+
+
 class _Plan(NamedTuple):
     """Masks by tiles, forward, for dq and for dk and dv; and the sizes of tiles."""
 
@@ -54,6 +56,7 @@ class _Plan(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def _plan(rows: int, keys: int, seen: Seen) -> _Plan:
+    splash, masks, infos = _private()
     block = min(BLOCK, up(max(rows, keys), LANES))
     rows, keys = up(rows, block), up(keys, block)
     left = None if seen.width is None else seen.width - 1
@@ -84,6 +87,7 @@ def _by_token(x: jax.Array, like_BTHK: jax.Array) -> jax.Array:
 
 
 def _forward(q, k, v, scale, seen, interpret):
+    splash, *_ = _private()
     plan = _plan(q.shape[1], k.shape[1], seen)
     out, (lse,) = splash._splash_attention_forward(
         plan.infos[0],
@@ -103,6 +107,7 @@ def _forward(q, k, v, scale, seen, interpret):
 
 
 def _backward(q, k, v, out, lse, d_out, scale, seen, interpret):
+    splash, *_ = _private()
     plan = _plan(q.shape[1], k.shape[1], seen)
     residuals = (
         _by_head(q * scale, plan.rows),

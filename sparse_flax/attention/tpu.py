@@ -8,7 +8,7 @@
     Summaries  never, nor Self
 
 What splash does not take is computed as gathered.py does. The masks that splash wants
-as objects are made for a chunk, a block or a column, and grow with T for All alone.
+as objects are made for a chunk, a block or a column; only All's grow with T squared.
 The backward pass is that of pieces.py. Reverse mode only. bfloat16 and float32; softmax
 and sums in float32, q scaled in its own dtype before splash.
 
@@ -78,7 +78,7 @@ def attend(
     scale: float,
     interpret: bool = False,
 ) -> jax.Array:
-    """Return out_BTHV in v's dtype; `interpret` runs the kernels on a CPU, for tests."""
+    """Return out_BTHV in v's dtype; `interpret` runs it on a CPU, for tests."""
 
     def run(q, k, v, head):
         fits = all(NARROWEST_HEAD <= x.shape[3] <= WIDEST_HEAD for x in (q, v))
