@@ -1,0 +1,58 @@
+"""Dry runs for TPUs that are not here."""
+
+import importlib.util
+
+import pytest
+from test_dry_run import configuration
+
+from sparse_flax import collectives, dry_run, topology
+from sparse_flax.errors import UserError
+
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu"
+)
+
+
+@pytest.mark.parametrize("name", ["v5e", "v9:2x2", "v5e:2", "v5e:axb", "H200"])
+def test_what_is_no_topology_is_refused(name):
+    with pytest.raises(UserError, match="try --topology=v5e:4x4"):
+        topology.describe(name)
+
+
+def test_without_the_compiler_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'jax\[tpu\]==0\."):
+        dry_run.run(configuration(), topology_name="v5e:4x4")
+
+
+def test_the_mesh_is_as_large_as_the_topology():
+    config = configuration(mesh__data=4)
+    topology.check_mesh(config, "v5e:2x2", 4)
+    with pytest.raises(UserError, match=r"has 16 .* is 4; try --config.mesh.data=16 "):
+        topology.check_mesh(config, "v5e:4x4", 16)
+
+
+def test_collectives_are_read_from_a_program():
+    program = """
+    %a = f32[2,3]{1,0} all-reduce(%x), channel_id=1
+    %b = (f32[4]{0}, bf16[8]{0}) all-reduce(%y, %z)
+    %c = (bf16[2,8]{1,0:T(8,128)}, bf16[16,8]{1,0}) all-gather-start(%p)
+    %d = bf16[16,8]{1,0} all-gather-done(%c)
+    %e = f32[] add(%f, %all-reduce.3)
+    """
+    assert collectives.count(program) == {
+        "all-reduce": (2, 24 + 16 + 16),
+        "all-gather": (1, 256),
+    }
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_train_step_is_compiled_for_one_chip():
+    lines = []
+    values = {"context": 256, "layers": 1, "width": 64, "patterns": "Strided(2)"}
+    config = configuration(**{f"model__{name}": x for name, x in values.items()})
+    assert dry_run.run(config, say=lines.append, topology_name="v5e:1x1")
+    assert any(line.startswith("  runs         tpu: ") for line in lines)
+    assert any(line.startswith("it fits the TPU v5e: ") for line in lines)
+    assert not any("an estimate for" in line for line in lines)
