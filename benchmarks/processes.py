@@ -166,6 +166,19 @@ def versions(*packages: str) -> dict[str, str]:
     return found
 
 
+def jax_device() -> dict[str, Any]:
+    """Return {hardware, versions} of the first device that JAX sees."""
+    import jax  # late: the peers run where there is none
+
+    device = jax.devices()[0]
+    platform = device.client.platform_version.splitlines()[0]
+    python = sys.version.split()[0]
+    return {
+        "hardware": device.device_kind,
+        "versions": {"jax": jax.__version__, "platform": platform, "python": python},
+    }
+
+
 def command_line() -> str:
     """Return how this script was called, less where it writes and for how long."""
     words = list(sys.argv)

@@ -38,6 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # so that it runs from a clone that is not installed
 RESULTS = Path(__file__).with_name("results") / "sampling.json"
 
+from benchmarks import processes  # noqa: E402
 from sparse_flax import config as config_lib  # noqa: E402
 from sparse_flax import devices, generate  # noqa: E402
 from sparse_flax.config_checks import finalize  # noqa: E402
@@ -53,12 +54,7 @@ def main() -> None:
     args = parse()
     device = jax.devices()[0]
     record = {
-        "hardware": device.device_kind,
-        "versions": {
-            "jax": jax.__version__,
-            "platform": device.client.platform_version.splitlines()[0],
-            "python": sys.version.split()[0],
-        },
+        **processes.jax_device(),
         "command": f"python {shlex.join(sys.argv)}",
         "rows": [],
     }

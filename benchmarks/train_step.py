@@ -146,6 +146,7 @@ def measure(args: argparse.Namespace) -> dict:
     import jax
     import numpy as np
 
+    from benchmarks import processes
     from sparse_flax import config as config_lib
     from sparse_flax import devices, flops, optim, sharding, state
     from sparse_flax.config_checks import finalize
@@ -161,6 +162,7 @@ def measure(args: argparse.Namespace) -> dict:
     config.model.unroll = args.unroll
     if args.context:
         config.model.context, config.model.position_shape = args.context, ()
+        config.data = config_lib.defaults().data  # none is read; pictures have one size
     config.train.batch_size = args.batch_size
     config, _ = finalize(config)
     model_config = config_lib.model_config(config)
@@ -206,12 +208,7 @@ def measure(args: argparse.Namespace) -> dict:
         "step_ms_spread": list(1e3 * np.quantile(step_s, [0.05, 0.95])),
         "mfu": used / peak if peak else 0.0,
         "memory_gb": memory / 1e9,
-        "hardware": device.device_kind,
-        "versions": {
-            "jax": jax.__version__,
-            "platform": device.client.platform_version.splitlines()[0],
-            "python": sys.version.split()[0],
-        },
+        **processes.jax_device(),
     }
 
 

@@ -64,6 +64,7 @@ class Block(nnx.Module):
     def qkv(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return the queries [B, T, H, K], keys, and values [B, T, H, V]."""
         h = norm(x_BTD, self.norm1_scale_D, self.norm1_bias_D, 1e-5)
+        h = checkpoint_name(h, "product_input")
         q_BTHK = _project_to_heads(h, self.query_DHK, self.query_bias_HK)
         k_BTHK = _project_to_heads(h, self.key_DHK, self.key_bias_HK)
         v_BTHV = _project_to_heads(h, self.value_DHV, self.value_bias_HV)
@@ -84,9 +85,11 @@ class Block(nnx.Module):
         x_BTD = x_BTD + _dropout(a_BTD, dropout, keys[0])
         x_BTD = checkpoint_name(x_BTD, "residual")
         h = norm(x_BTD, self.norm2_scale_D, self.norm2_bias_D, 1e-5)
+        h = checkpoint_name(h, "product_input")
         f_BTF = _multiply("BTD,DF->BTF", h, self.up_DF)
         # Kept without its bias: the product is then written once, not twice.
         f_BTF = biased_gelu(checkpoint_name(f_BTF, "mlp"), self.up_bias_F[...])
+        f_BTF = checkpoint_name(f_BTF, "product_input")
         f_BTD = _project("BTF,FD->BTD", f_BTF, self.down_FD, self.down_bias_D)
         return x_BTD + _dropout(f_BTD, dropout, keys[1])
 

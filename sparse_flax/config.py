@@ -63,7 +63,7 @@ def defaults() -> ConfigDict:
                 "init": "code",  # code | paper: see model.py
                 "embedding_std": 0.0,  # of embeddings at the start; 0: as init says
                 "dtype": "bfloat16",  # bfloat16 | float16 | float32, of activations
-                "remat": "full",  # none | full | attention | attention+mlp: model.py
+                "remat": "full",  # or another of model.REMAT, such as attention+mlp
                 "unroll": 1,  # cycles a turn of the loop: faster, slow to compile
                 "attention": "",  # an implementation by name; '' picks
             },
@@ -126,13 +126,23 @@ def defaults() -> ConfigDict:
 
 
 def completed(saved: dict[str, Any]) -> ConfigDict:
-    """Return a configuration that was saved as JSON; what is newer has its default."""
+    """Return a configuration that was saved as JSON; what is newer has its default.
+
+    Raises UserError where a value is of another type, as after damage.
+    """
     flat, config = flatten(saved), defaults()
     for name, default in flatten(config.to_dict()).items():
         value = flat.get(name, default)
         # JSON has no tuples.
         value = tuple(value) if isinstance(value, list) else value
-        config.update_from_flattened_dict({name: value})
+        try:
+            config.update_from_flattened_dict({name: value})
+        except (TypeError, ValueError):
+            raise UserError(
+                f"{name}={value!r} in the saved config.json is no "
+                f"{type(default).__name__}; bring back the file as it was written, or "
+                f"put {default!r} there if that is what it was"
+            ) from None
     return config
 
 

@@ -8,9 +8,11 @@ from ml_collections import ConfigDict
 
 from sparse_flax import attention
 from sparse_flax.config import defaults, flatten
+from sparse_flax.data.bytes import NAMES
+from sparse_flax.data.prepared import PREFIX
 from sparse_flax.errors import UserError
 from sparse_flax.evaluate import UNITS
-from sparse_flax.model import INITS, REMAT
+from sparse_flax.model import INITS, REMAT, ModelConfig
 from sparse_flax.state import WEIGHTS
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -18,6 +20,7 @@ SPLITS = ("test", "validation")
 KINDS = {"cifar10": "image", "imagenet64": "image", "images": "image", "audio": "audio"}
 SIZES = {"cifar10": 32, "imagenet64": 64}  # of images, where it is given
 BAD_FILES = ("skip", "refuse")
+OF_ONE_KIND = {"size": "image", "rate": "audio"}  # options of data
 
 
 def finalize(config: ConfigDict) -> tuple[ConfigDict, list[str]]:
@@ -141,6 +144,12 @@ def _check_numbers(config: ConfigDict) -> None:
         if not 0 < values[name] < math.inf:
             default = flatten(defaults().to_dict())[name]
             raise UserError(f"{name}={values[name]} must be above 0; try {default}")
+    most = ModelConfig.vocabulary
+    if values["sample.top_k"] > most:
+        raise UserError(
+            f"sample.top_k={values['sample.top_k']} must be at most {most}, all bytes "
+            f"that there are; try {most}"
+        )
     if values["sample.top_p"] > 1:
         raise UserError(
             f"sample.top_p={values['sample.top_p']} must be at most 1; try 1"
@@ -173,7 +182,12 @@ def _check_data(config: ConfigDict) -> None:
     """Derive what kind the data are of, and for images how many bytes make one."""
     data, m = config.data, config.model
     kind = KINDS.get(data.name, "text")
-    if data.name.startswith("tfds:") and data.kind != "audio":
+    if data.name not in (*NAMES, *KINDS) and not data.name.startswith(PREFIX):
+        raise UserError(
+            f"data.name={data.name!r} is not a data set; use "
+            f"{', '.join([*NAMES, *KINDS])}, or {PREFIX}NAME"
+        )
+    if data.name.startswith(PREFIX) and data.kind != "audio":
         kind = data.kind or kind
     elif data.kind not in ("", kind):
         raise UserError(
@@ -181,6 +195,13 @@ def _check_data(config: ConfigDict) -> None:
             f"{kind!r}; use ''"
         )
     data.kind = kind
+    for name, only in OF_ONE_KIND.items():
+        default = defaults().data[name]
+        if kind != only and data[name] != default:
+            raise UserError(
+                f"data.{name}={data[name]} is for data.kind={only!r}, and "
+                f"data.name={data.name!r} is {kind!r}; try {default}"
+            )
     if kind != "image":
         return
     fixed = SIZES.get(data.name, 0)

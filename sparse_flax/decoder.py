@@ -188,19 +188,19 @@ def step(
     x_BD = _embed(ends, input_B, position)
     kept = []
     for layer, cache in zip(decoder.layers, caches, strict=True):
-        h_BD = _norm(x_BD, *layer.norm1_D, 1e-5)
+        h_BD = norm(x_BD, *layer.norm1_D, 1e-5)
         qkv_BHW = _product("BD,HWD->BHW", h_BD, layer.qkv_HWD) + layer.qkv_bias_HW
         q, k, v = jnp.split(qkv_BHW.astype(x_BD.dtype), decoder.q_and_k, axis=-1)
         a_BHV, cache = decode.step(cache, q, k, v, position, reach=reach)
         a_BD = _product("BHV,DHV->BD", a_BHV, layer.out_DHV) + layer.out_bias_D
         x_BD = x_BD + a_BD.astype(x_BD.dtype)
-        h_BD = _norm(x_BD, *layer.norm2_D, 1e-5)
+        h_BD = norm(x_BD, *layer.norm2_D, 1e-5)
         f_BF = _product("BD,FD->BF", h_BD, layer.up_FD) + layer.up_bias_F
         f_BF = quick_gelu(f_BF).astype(x_BD.dtype)
         f_BD = _product("BF,DF->BD", f_BF, layer.down_DF) + layer.down_bias_D
         x_BD = x_BD + f_BD.astype(x_BD.dtype)
         kept.append(cache)
-    h_BD = _norm(x_BD, *ends.norm_D, 1e-6)
+    h_BD = norm(x_BD, *ends.norm_D, 1e-6)
     return _product("BD,ND->BN", h_BD, ends.logits_ND), tuple(kept)
 
 
@@ -215,18 +215,6 @@ def _embed(ends: Ends, input_B, position) -> jax.Array:
     x_BD = ends.token_ND.at[input_B].get(mode="clip", out_sharding=activation("BD"))
     x_BD = x_BD + position_D.astype(x_BD.dtype)
     return jnp.where((input_B == START)[:, None], ends.start_D, x_BD)
-
-
-def _norm(x_BD: jax.Array, scale_D, bias_D, epsilon: float) -> jax.Array:
-    """Do as `block.norm`; for one row, with both sums in one kernel and not in two."""
-    if x_BD.shape[0] > 1:
-        return norm(x_BD, scale_D, bias_D, epsilon)
-    x32 = x_BD.astype(jnp.float32)
-    mean = jnp.mean(x32, axis=-1, keepdims=True)
-    square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-    variance = jnp.maximum(square - jnp.square(mean), 0)
-    normal = (x32 - mean) * jax.lax.rsqrt(variance + epsilon)
-    return (normal * scale_D + bias_D).astype(x_BD.dtype)
 
 
 def _product(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:

@@ -195,7 +195,8 @@ class EvalRun:
           UserError: the score is not finite, or the row could not be written.
         """
         with jax.set_mesh(self.mesh):
-            self.say(f"evaluating checkpoint {step}: {self.windows:,} windows")
+            what = "images" if self.data.ndim == 2 else "windows"
+            self.say(f"evaluating checkpoint {step}: {self.windows:,} {what}")
             began = time.monotonic()
             rows = self.config.eval.batch_size
             score = evaluate.bits_per_byte(

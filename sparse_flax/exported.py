@@ -79,7 +79,7 @@ def record(folder: Path) -> dict[str, Any]:
     Raises:
       UserError: there is no model in the folder.
     """
-    found = read_record(folder / "config.json", FORMAT, {"sha256", "config"})
+    found = read_record(folder / "config.json", FORMAT, {"sha256", "config", "step"})
     if found is None:
         raise UserError(
             f"--model={folder} holds no exported model (no config.json); write one "

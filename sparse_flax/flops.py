@@ -34,6 +34,7 @@ def recomputed_flops(config: ModelConfig, T: int | None = None) -> int:
         "full": ("qkv", "attention", "out", "up"),
         "attention": ("attention", "up"),
         "attention+mlp": ("attention",),
+        "products": ("attention",),
     }
     return sum(products[name] for name in again[config.remat])
 

@@ -129,7 +129,9 @@ def main(argv: list[str]) -> int:
         from sparse_flax.sample_run import SampleRun
 
         if _MODEL.value:
-            workdir = _WORKDIR.value or str(Path("samples") / Path(_MODEL.value).name)
+            workdir = _WORKDIR.value or str(
+                Path("samples") / Path(_MODEL.value).resolve().name
+            )
         run = SampleRun(_CONFIG.value, workdir, model=_MODEL.value, say=_say)
         run.run(_CHECKPOINT_STEP.value)
         return 0

@@ -50,11 +50,13 @@ START = 256  # the input before the first byte
 # `attention_out` and `attention_lse` are named inside of the fused kernels, which are
 # then not run again; plain attention (`gathered`) is.
 ATTENTION = ("qkv", "attention_out", "attention_lse", "residual", "norm")
+WITH_MLP = (*ATTENTION, "mlp", "dropout")
 REMAT = {
     "none": None,  # keep everything, compute nothing again
     "full": (),
     "attention": ATTENTION,
-    "attention+mlp": (*ATTENTION, "mlp", "dropout"),
+    "attention+mlp": WITH_MLP,
+    "products": (*WITH_MLP, "product_input"),  # all that a product reads or gives
 }
 INITS = ("code", "paper")
 
@@ -178,12 +180,11 @@ class SparseTransformer(nnx.Module):
         sampled = generate.generate(self, given, count, seed=seed, **options)
         return np.frombuffer(b"".join(sampled), np.uint8).reshape(len(given), count)
 
-    def embed(self, inputs_BT: jax.Array, place: jax.Array | None = None) -> jax.Array:
+    def embed(self, inputs_BT: jax.Array) -> jax.Array:
         """Embed each input byte with that byte's own position, never its target's.
 
         The paper's sequence of embeddings is shifted right as a whole, behind a learned
-        start vector without a position. With `place`, an int32 scalar, the inputs are
-        entry `place` of a longer sequence alone.
+        start vector without a position.
         """
         dtype = jnp.dtype(self.config.dtype)
         T = inputs_BT.shape[1]
@@ -196,11 +197,8 @@ class SparseTransformer(nnx.Module):
             self.token_ND[...].astype(dtype),
             out_sharding=activation("BTD"),
         )
-        if place is None:
-            position_TD = self._positions(T - 1).astype(dtype)
-            position_TD = jnp.pad(position_TD, [(1, 0), (0, 0)])
-        else:
-            position_TD = self._position(place - 1).astype(dtype)
+        position_TD = self._positions(T - 1).astype(dtype)
+        position_TD = jnp.pad(position_TD, [(1, 0), (0, 0)])
         start_D = self.start_D[...].astype(dtype)
         is_start_BT1 = (inputs_BT == START)[..., None]
         return jnp.where(is_start_BT1, start_D, x_BTD + position_TD)
@@ -218,14 +216,6 @@ class SparseTransformer(nnx.Module):
             ones[axis] = table_ND.shape[0]
             total = total + table_ND.reshape(*ones, D)
         return total.reshape(-1, D)[:T]
-
-    def _position(self, index: jax.Array) -> jax.Array:
-        """Return row `index` of `_positions`, [1, D], without all the others."""
-        digits = jnp.unravel_index(index, self.config.position_shape)
-        total = 0.0
-        for digit, table_ND in zip(digits, self.positions_ND, strict=True):
-            total = total + jax.lax.dynamic_slice_in_dim(whole(table_ND[...]), digit, 1)
-        return total
 
     def cycles(self) -> tuple[Block, jax.Array]:
         """Return the blocks and their numbers, [L / p, p, ..] for p patterns."""

@@ -91,11 +91,16 @@ def held_out(config: ConfigDict, cut: int) -> tuple[np.ndarray, str]:
     data, number = getattr(splits, split), config.sample.number
     if data.ndim == 1:
         data = data[: data.size // cut * cut].reshape(-1, cut)
+    if not len(data):
+        raise UserError(
+            f"the {split} split of {splits.source} has fewer than the {cut:,} bytes of "
+            "one piece; give more data, or a file by sample.prompt_file"
+        )
     if len(data) < number:
         raise UserError(
             f"sample.number={number} is more than the {len(data)} pieces of {cut:,} "
             f"bytes that the {split} split of {splits.source} has; try "
-            f"sample.number={max(len(data), 1)}"
+            f"sample.number={len(data)}"
         )
     # The legacy generator, whose stream numpy has frozen.
     chosen = np.random.RandomState(0).permutation(len(data))[:number]

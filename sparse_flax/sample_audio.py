@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import math
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +26,17 @@ def given(config: ConfigDict, context: int) -> Given:
     """
     rate, options = config.data.rate, config.sample
     first = round(options.given_seconds * rate)
-    count = round(options.seconds * rate) or context - first
+    count = context - first
+    if options.seconds:
+        count = max(round(options.seconds * rate), 1)
+    half = _seconds(context // 2, rate)
     if first + count > context or count <= 0:
-        room = max(context / rate - options.given_seconds, 0)
-        nearest = f"sample.seconds={room:.2f} or less" if room else "fewer"
+        room = _seconds(context - first, rate)
+        nearest = (
+            f"sample.seconds={room:g} or less"
+            if room > 0
+            else f"sample.given_seconds={half:g} and sample.seconds=0"
+        )
         raise UserError(
             f"sample.given_seconds={options.given_seconds:g} and sample.seconds="
             f"{options.seconds:g} do not fit the {context / rate:.2f} seconds that "
@@ -38,7 +46,7 @@ def given(config: ConfigDict, context: int) -> Given:
         if options.prompt_file:
             raise UserError(
                 f"sample.prompt_file={options.prompt_file} is given, but "
-                "sample.given_seconds=0 of it; try sample.given_seconds=1"
+                f"sample.given_seconds=0 of it; try sample.given_seconds={half:g}"
             )
         return Given([b""] * options.number, count)
     if options.prompt_file:
@@ -53,12 +61,17 @@ def given(config: ConfigDict, context: int) -> Given:
             raise UserError(
                 f"sample.given_seconds={options.given_seconds:g} is more than the "
                 f"{levels.size / rate:.2f} seconds of {options.prompt_file}; try "
-                f"sample.given_seconds={int(levels.size / rate * 100) / 100}"
+                f"sample.given_seconds={_seconds(levels.size, rate):g}"
             )
         prompts = [levels[:first].tobytes()] * options.number
         return Given(prompts, count, options.prompt_file)
     whole, source = held_out(config, context)
     return Given([row[:first].tobytes() for row in whole], count, source)
+
+
+def _seconds(samples: int, rate: int) -> float:
+    """Return how long that is, rounded down to what can be read and still fits."""
+    return math.floor(samples / rate * 1000) / 1000
 
 
 def write(config: ConfigDict, given: Given, sampled: list[bytes], folder: Path) -> str:

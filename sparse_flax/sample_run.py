@@ -69,6 +69,7 @@ class SampleRun:
             self.saved = exported.record(Path(model).expanduser())
             names = f"the model in {model}", "another --model"
             config_lib.changes(self.saved["config"], self.config, *names)
+        self._check_meaning(model or workdir)
         self.model = model
         self.model_config = config_lib.model_config(self.config)
         check(self.config)
@@ -79,6 +80,18 @@ class SampleRun:
         self.mesh = make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
         with jax.set_mesh(self.mesh):
             config_lib.explain_attention(self.config)  # or refuse
+
+    def _check_meaning(self, whose: str) -> None:
+        """Refuse to take the bytes for something else than in training."""
+        # Sampling from nothing reads no data, whose content would tell.
+        for name in ("kind", "rate"):
+            now = self.config.data[name]
+            was = self.saved["config"]["data"].get(name, now)
+            if was != now:
+                raise UserError(
+                    f"data.{name}={now!r}, but {whose} was trained with "
+                    f"data.{name}={was!r}; use {was!r}"
+                )
 
     def run(self, step: int | None = None) -> None:
         """Sample from the newest checkpoint that is whole, or the one of `step`.
@@ -102,6 +115,8 @@ class SampleRun:
             self.stop.ignore()
         if self.stop:
             self.say(f"stopped by {self.stop.signal}")
+            if not any(sampled):  # what an earlier call wrote is worth more
+                return
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         self.say(self.kind.write(self.config, self.given, sampled, self.folder))

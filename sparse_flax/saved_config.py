@@ -23,6 +23,6 @@ def get_config(folder: str) -> ConfigDict:
       UserError: there is none.
     """
     model = folder.removeprefix(MODEL)
-    record = exported.record(Path(model)) if model != folder else None
+    record = exported.record(Path(model).expanduser()) if model != folder else None
     record = record or RunFolder(folder).saved()
     return completed(record["config"])

@@ -157,12 +157,14 @@ def read_record(path: Path, format: str, keys: set[str]) -> dict[str, Any] | Non
         return None
     try:
         record = json.loads(path.read_text())
-        if record["format"] == format and keys <= record.keys():
+        dicts = all(isinstance(record[key], dict) for key in keys & {"config", "data"})
+        if record["format"] == format and keys <= record.keys() and dicts:
             return record
     except (ValueError, KeyError, TypeError):
         pass
     raise UserError(
-        f"{path} is not the configuration of a {format}; name an empty or a new folder"
+        f"{path} is not the configuration of a {format}, or damaged; name the folder "
+        "of one, or to write to an empty or a new folder"
     )
 
 

@@ -174,6 +174,9 @@ NUMBERS = [
     ("sample.count", 0),
     ("sample.number", 0),
     ("sample.top_k", -1),
+    ("sample.top_k", 257),
+    ("data.size", 64),
+    ("data.rate", 24_000),
     ("sample.seed", -1),
     ("sample.temperature", 0.0),
     ("sample.top_p", 0.0),
@@ -240,7 +243,7 @@ def test_a_number_that_breaks_a_rule_gets_a_sentence_whose_advice_helps(
     [
         ("init", "codex", ["code", "paper"]),
         ("dtype", "float8", ["bfloat16", "float16", "float32"]),
-        ("remat", "some", ["none", "full", "attention", "attention+mlp"]),
+        ("remat", "some", ["none", "full", "attention", "attention+mlp", "products"]),
         ("attention", "fast", ["", "gathered", "reference"]),
     ],
 )

@@ -27,7 +27,8 @@ def tiny(kind):
     config.data.name = {"text": "bytes", "image": "images", "audio": "audio"}[kind]
     if kind == "image":
         config.data.size = SIZE
-    config.data.rate = RATE
+    if kind == "audio":
+        config.data.rate = RATE
     config.model.update(context=48, layers=1, width=16, heads=2, dtype="float32")
     config.model.patterns = "Local(8)"
     return config
@@ -102,6 +103,17 @@ def test_samples_every_kind_alike_from_the_same_seed(exported_model, tmp_path):
         assert levels(tmp_path / "a" / "generated-1.wav").size == 48
 
 
+@pytest.mark.parametrize("exported_model", ["text"], indirect=True)
+def test_stopped_before_the_first_byte_it_writes_nothing(exported_model, tmp_path):
+    _, folder = exported_model
+    config = get_config(f"model:{folder}")
+    config.sample.count = 9
+    run = SampleRun(config, str(tmp_path), model=str(folder), say=(lines := []).append)
+    run.stop.signal = "SIGTERM"
+    run.run()
+    assert lines[-1] == "stopped by SIGTERM" and not list(tmp_path.iterdir())
+
+
 def test_what_belongs_to_another_kind_is_a_sentence(exported_model, tmp_path):
     kind, folder = exported_model
     for of, name, value in (
@@ -167,6 +179,13 @@ def test_audio_goes_on_from_what_is_given(exported_model, tmp_path):
     lines = sampled(folder, tmp_path / "out", **data | two)
     assert "1.00 s given, sampled to 2.50 s" in lines[-2] and "test" in lines[-1]
     assert levels(tmp_path / "out" / "generated-1.wav").size == 40
+    # What is too short to be one sample is not taken for 0, all that fits.
+    sampled(folder, tmp_path / "tiny", sample__seconds=1e-4)
+    assert levels(tmp_path / "tiny" / "generated-1.wav").size == 1
+    recording(tmp_path / "brief.wav", 12)
+    brief = data | two | {"data__path": str(tmp_path / "brief.wav")}
+    with pytest.raises(UserError, match="fewer than the 48 bytes of one piece"):
+        sampled(folder, tmp_path / "out", **brief)
     file = {"sample__prompt_file": str(tmp_path / "long.wav")}
     sampled(folder, tmp_path / "out", **file | two | {"sample__number": 2})
     first, second = (
@@ -180,9 +199,10 @@ def test_audio_goes_on_from_what_is_given(exported_model, tmp_path):
     recording(tmp_path / "short.wav", 2)
     short = {"sample__prompt_file": str(tmp_path / "short.wav")}
     for wrong, sentence in (
-        ({"sample__seconds": 4.0}, r"3\.00 seconds .* try sample\.seconds=3\.00"),
-        ({"sample__given_seconds": 3.0}, "do not fit"),
-        (file, r"given_seconds=0 of it; try sample\.given_seconds=1"),
+        ({"sample__seconds": 4.0}, r"3\.00 seconds .* try sample\.seconds=3 "),
+        ({"sample__given_seconds": 3.0}, r"do not fit.*; try .*given_seconds=1\.5 and"),
+        ({"data__rate": 2 * RATE}, r"rate=32, but .* with data\.rate=16; use 16"),
+        (file, r"given_seconds=0 of it; try sample\.given_seconds=1\.5"),
         (short | {"sample__given_seconds": 2.5}, r"more than the 2\.00 seconds"),
         ({"sample__given_seconds": 1.0, "sample__prompt_file": __file__}, "give anot"),
     ):
@@ -201,6 +221,17 @@ def test_what_is_damaged_or_another_models_is_a_sentence(exported_model, tmp_pat
     broken.mkdir()
     for name in ("config.json", "model.safetensors"):
         (broken / name).write_bytes((folder / name).read_bytes())
+    record = json.loads((broken / "config.json").read_text())
+    for damage, sentence in (
+        ({"config": record["config"] | {"seed": "x"}}, "seed='x' .* is no int"),
+        ({"config": []}, "is not the configuration of a sparse_flax model"),
+        ({"step": None}, "is not the configuration of a sparse_flax model"),
+    ):
+        damaged = {k: v for k, v in (record | damage).items() if v is not None}
+        (broken / "config.json").write_text(json.dumps(damaged))
+        with pytest.raises(UserError, match=sentence):
+            sampled(broken, tmp_path, sample__count=9)
+    (broken / "config.json").write_text(json.dumps(record))
     content = bytearray((broken / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (broken / "model.safetensors").write_bytes(content)

@@ -87,7 +87,7 @@ def test_a_train_step_costs_three_forward_passes():
     assert forward_flops(TINY) == forward_flops(TINY, 16)
 
 
-@pytest.mark.parametrize("remat", ["full", "attention", "attention+mlp"])
+@pytest.mark.parametrize("remat", ["full", "attention", "attention+mlp", "products"])
 def test_counts_what_the_backward_pass_of_the_program_does_again(remat):
     def products(remat):
         config = dataclasses.replace(TINY, implementation="reference", remat=remat)

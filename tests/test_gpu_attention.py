@@ -156,9 +156,9 @@ def test_hopper_is_as_exact_as_cudnn_and_repeats_bit_for_bit(
             np.testing.assert_array_equal(a, b)
 
 
-def test_hopper_in_checkpoint_scan_and_vmap():
-    args = inputs((2, 2048, 2, 2, 64, 64), "bfloat16", 0)
-    attend = functools.partial(hopper.attend, pattern=Strided(64), scale=0.125)
+def check_in_checkpoint_scan_and_vmap(attend, T):
+    """That transformations of attend(q, k, v) give what calls one by one give."""
+    args = inputs((2, T, 2, 2, 64, 64), "bfloat16", 0)
     keep = jax.checkpoint_policies.save_only_these_names(
         "attention_out", "attention_lse"
     )
@@ -184,3 +184,8 @@ def test_hopper_in_checkpoint_scan_and_vmap():
         for a, b in pairs:
             a, b = a.astype(jnp.float32), b.astype(jnp.float32)
             assert jnp.linalg.norm(a - b) <= 2e-2 * jnp.linalg.norm(b)
+
+
+def test_hopper_in_checkpoint_scan_and_vmap():
+    attend = functools.partial(hopper.attend, pattern=Strided(64), scale=0.125)
+    check_in_checkpoint_scan_and_vmap(attend, T=2048)

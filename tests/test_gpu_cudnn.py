@@ -3,10 +3,10 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_gpu_attention import (
+    check_in_checkpoint_scan_and_vmap,
     cudnn_errors,
     errors,
     exact,
@@ -121,30 +121,5 @@ def test_the_shortest_and_the_most(pattern, shape, seed):  # noqa: F811
 
 
 def test_cudnn_in_checkpoint_scan_and_vmap():
-    args = inputs((2, 512, 2, 2, 64, 64), "bfloat16", 0)
     attend = functools.partial(cudnn.attend, pattern=Strided(64), scale=0.125)
-    keep = jax.checkpoint_policies.save_only_these_names(
-        "attention_out", "attention_lse"
-    )
-
-    def scanned(q, k, v):
-        def layer(q, _):
-            return jax.checkpoint(attend, policy=keep)(q, k, v), None
-
-        return jax.lax.scan(layer, q, None, length=3)[0]
-
-    def unrolled(q, k, v):
-        return attend(attend(attend(q, k, v), k, v), k, v)
-
-    def mapped(q, k, v):
-        return jax.vmap(lambda *x: attend(*(y[None] for y in x))[0])(q, k, v)
-
-    for one, other in ((scanned, unrolled), (mapped, attend)):
-        pairs = zip(
-            value_and_gradients(one)(*args),
-            value_and_gradients(other)(*args),
-            strict=True,
-        )
-        for a, b in pairs:
-            a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-            assert jnp.linalg.norm(a - b) <= 2e-2 * jnp.linalg.norm(b)
+    check_in_checkpoint_scan_and_vmap(attend, T=512)

@@ -251,6 +251,8 @@ def test_folders_that_will_not_do(tmp_path):
         lambda: load(tmp_path / "bad", tmp_path), "no images for train", "0.png is"
     )
     sentence(lambda: load("", tmp_path), "data.path='' is empty")
+    one = tmp_path / "two" / "0.png"
+    sentence(lambda: load(one, tmp_path), "is a single picture", f"path={one.parent}")
     (tmp_path / "data").rename(tmp_path / "other")
     (tmp_path / "data").write_text("a file")
     save(tmp_path / "two" / "2.png", noise(8, 8, 3))
@@ -563,6 +565,7 @@ def test_what_does_not_fit_images_is_said():
     sentence(check(**{"model.context": 5}), "the 3072 bytes of an image", "use 3072")
     sentence(check(**{"eval.min_context": 5}), "is for streams", "use 0")
     sentence(check(**{"data.kind": "text"}), "contradicts data.name='images'")
+    sentence(check(**{"data.name": "imges"}), "'imges' is not a data set", "images")
     sentence(check(**{"data.bad_files": "no"}), "data.bad_files='no' must be one of")
     config, notices = check(**{"eval.sample_bytes": 9})()
     assert "eval.sample_bytes=9 is for text" in notices[0]

@@ -108,7 +108,7 @@ def test_a_foreign_folder_is_refused_and_left_alone(tmp_path, files):
         raw = content if isinstance(content, bytes) else content.encode()
         (tmp_path / name).write_bytes(raw)
     before = listing(tmp_path)
-    with pytest.raises(UserError, match=r"config\.json.*; name an empty or a new"):
+    with pytest.raises(UserError, match=r"config\.json.*; .* an empty or a new"):
         WorkDir(tmp_path)
     assert listing(tmp_path) == before
 

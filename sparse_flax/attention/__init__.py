@@ -13,7 +13,7 @@ This package imports nothing else of sparse_flax, and no flax.
     heads.py       heads that see the same keys run together
     decode.py      one new token over a cache that keeps what can still be seen
     stores.py      where decoding keeps keys and values
-    layouts.py     what stands around kernels: gradient, padding, vmap
+    layouts.py     what stands around kernels: what they take, gradient, vmap
     union.py       merge: attention over a union of disjoint key sets
     reference.py   implementation: dense masked softmax in float32
     gathered.py    implementation: blocks and views in plain XLA, any device

@@ -27,7 +27,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from sparse_flax.attention import heads, parts, pieces
 from sparse_flax.attention.cudnn_calls import (
@@ -36,13 +35,11 @@ from sparse_flax.attention.cudnn_calls import (
     SELF,
     TOO_NEW_JAX,
 )
-from sparse_flax.attention.layouts import attend_by, fit, up
+from sparse_flax.attention.layouts import attend_by, fit, refusal, up
 from sparse_flax.attention.parts import Part
 from sparse_flax.attention.patterns import Pattern
 from sparse_flax.attention.pieces import Core, Fold
 
-DTYPES = ("bfloat16", "float16")
-WIDEST_HEAD = 128  # on Ampere; `supports` does not know the device
 # Of a CUDA grid along its second and third axis; assumed to be where cuDNN puts them.
 MOST_BLOCKS = 65535
 # Every NVIDIA GPU is from Ampere on, but for these. The old names are a closed list;
@@ -77,14 +74,8 @@ def supports(pattern: Pattern, q: Any, k: Any, v: Any) -> str | None:
             f"cudnn needs a jax from {oldest} to before {too_new}, whose private calls "
             f"it knows, and this is {jax.__version__}"
         )
-    if np.dtype(q.dtype).name not in DTYPES:
-        return (
-            f"cudnn computes {' and '.join(DTYPES)}, not {q.dtype}; try q, k and v in "
-            "bfloat16"
-        )
-    widest = max(q.shape[3], v.shape[3])
-    if widest > WIDEST_HEAD:
-        return f"cudnn takes heads up to {WIDEST_HEAD} wide, not {widest}"
+    if why := refusal("cudnn", q, v):
+        return why
     for head in range(min(q.shape[2], pattern.head_period)):
         for part in pattern.parts(head):
             if isinstance(part, parts.Summaries) and part.width == 1:

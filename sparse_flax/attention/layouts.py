@@ -1,12 +1,30 @@
-"""What stands around kernels: their gradient, padding, batches, shared heads."""
+"""What stands around kernels: what they take, gradient, padding, vmap, shared heads."""
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+
+DTYPES = ("bfloat16", "float16")
+WIDEST_HEAD = 128  # of hopper's registers, and of cuDNN on Ampere
+
+
+def refusal(name: str, q: Any, v: Any) -> str | None:
+    """Return None, or why `name` takes no arrays of this dtype or these widths."""
+    if np.dtype(q.dtype).name not in DTYPES:
+        return (
+            f"{name} computes {' and '.join(DTYPES)}, not {q.dtype}; try q, k and v in "
+            "bfloat16"
+        )
+    widest = max(q.shape[3], v.shape[3])
+    if widest > WIDEST_HEAD:
+        return f"{name} takes heads up to {WIDEST_HEAD} wide, not {widest}"
+    return None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

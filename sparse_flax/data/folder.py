@@ -205,8 +205,8 @@ def read(
         if not array.size:
             told = "; ".join(about["left_out"][:3])
             raise UserError(
-                f"{root} has no {kind} for {split} that can be read ({told}); give "
-                "better files"
+                f"{root} has no {kind} for {split} that can be read"
+                + (f" ({told}); give better files" if told else "; give more")
             )
     return arrays, about
 

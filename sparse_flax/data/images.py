@@ -174,6 +174,11 @@ def _images(
             "pass --config.data.path=FOLDER with pictures, or a .npy file"
         )
     root = byte_data.existing(path)
+    if root.suffix.lower() in pictures.SUFFIXES and root.is_file():
+        raise UserError(
+            f"data.path={path} is a single picture; give the folder it is in, "
+            f"--config.data.path={root.parent}"
+        )
     if root.is_file() or (root / "train.npy").is_file():
         return _arrays(name, root, size)
     found, others = folder.find(root, pictures.SUFFIXES, "pictures")

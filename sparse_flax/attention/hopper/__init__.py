@@ -30,9 +30,9 @@ import re
 from typing import Any
 
 import jax
-import numpy as np
 
 from sparse_flax.attention import heads
+from sparse_flax.attention.layouts import refusal
 from sparse_flax.attention.patterns import (
     Blocks,
     Fixed,
@@ -42,8 +42,6 @@ from sparse_flax.attention.patterns import (
 )
 
 OLDEST_JAX = (0, 11)
-DTYPES = ("bfloat16", "float16")
-WIDEST_HEAD = 128
 # Device kinds of compute capability 9: 'NVIDIA H200', 'NVIDIA H100 80GB HBM3', ...
 HOPPER = re.compile(r"\b(H100|H200|H800|H20|GH200)\b")
 
@@ -74,14 +72,8 @@ def supports(pattern: Pattern, q: Any, k: Any, v: Any) -> str | None:
         importlib.import_module("jax.experimental.pallas.mosaic_gpu")
     except ImportError as problem:
         return f"hopper needs Pallas for Mosaic GPU, which does not load: {problem}"
-    if np.dtype(q.dtype).name not in DTYPES:
-        return (
-            f"hopper computes {' and '.join(DTYPES)}, not {q.dtype}; try q, k and v in "
-            "bfloat16"
-        )
-    widest = max(q.shape[3], v.shape[3])
-    if widest > WIDEST_HEAD:
-        return f"hopper takes heads up to {WIDEST_HEAD} wide, not {widest}"
+    if why := refusal("hopper", q, v):
+        return why
     if not isinstance(pattern, PerHead):
         return _kernels(pattern).supports(pattern, q, k, v)
     for head in range(min(q.shape[2], pattern.head_period)):
