@@ -19,10 +19,10 @@ from sparse_flax.config_checks import finalize
 from sparse_flax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-PRESETS = {"enwik8": ["shared"], "imagenet64": ["302m"]}
+PRESETS = {"enwik8": ["shared", "colab"], "imagenet64": ["302m"]}
 PRESETS |= {"books": ["shared", "short"], "text8": ["shared"]}
-PRESETS |= {"cifar10": ["merged", "laptop"], "images": ["laptop"]}
-PRESETS |= {"music": ["262144", "1048576", "laptop"]}
+PRESETS |= {"cifar10": ["merged", "laptop", "colab"], "images": ["laptop"]}
+PRESETS |= {"music": ["262144", "1048576", "laptop", "colab"]}
 ALL = [
     (path.stem, preset)
     for path in sorted((ROOT / "configs").glob("*.py"))
