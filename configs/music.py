@@ -21,9 +21,11 @@ Presets:
                processor time; 5 min 7 s on a machine that others used, too). On eight
                minutes of music and speech, ends at 4.94 bits per byte of 32 validation
                windows, from 8; a bigram table has 5.15 (one run)
-    colab      8 layers, windows of 16,384 (1.4 s), for Colab's free TPU, one v5e: 98 MB,
-               2.3 hours of sound. Compiled for one, never run; at a fifth of its peak
-               it would take eight minutes
+    colab      8 layers, windows of 16,384 (1.4 s), for Colab's free TPU, one v5e: 98 MB
+               of sound. Compiled for one, never run; at a fifth of its peak it would
+               take eight minutes
+    short      the first model for some minutes of one GPU
+    small      1.3M parameters, windows of 16,384: models/audio, see models/README.md
 """
 
 from ml_collections import ConfigDict
@@ -39,7 +41,7 @@ SIZES = {
 
 
 def get_config(preset: str = "") -> ConfigDict:
-    check_preset(preset, "262144", "1048576", "laptop", "colab")
+    check_preset(preset, "262144", "1048576", "laptop", "short", "small", "colab")
     config = defaults()
     config.data.name = "audio"
 
@@ -60,9 +62,39 @@ def get_config(preset: str = "") -> ConfigDict:
     config.eval.sample_bytes = 0
     if preset == "laptop":
         shrink(config)
-    elif preset == "colab":
+    if preset in ("short", "small"):
+        hurry(config)
+    if preset == "small":
+        config.model.context = 16_384
+        config.model.layers = 6
+        config.model.width = 128
+        config.model.heads = 2
+        config.model.patterns = "Local(128), Columns(128)"
+        config.model.remat = "none"
+        config.model.unroll = 3
+        config.optim.learning_rate = 2e-3
+        config.train.batch_size = 8
+        config.train.steps = 2000
+    if preset == "colab":
         for_colab(config)
     return config
+
+
+def hurry(config: ConfigDict) -> None:
+    """Learn fast, for some minutes of one GPU."""
+    config.model.embedding_std = 0.1
+    config.model.remat = "attention+mlp"
+
+    config.optim.learning_rate = 7e-4
+    config.optim.embedding_rate = 3.0
+    config.optim.warmup_steps = 50
+    config.optim.beta2 = 0.95
+    config.optim.ema_decay = 0.98
+
+    config.train.batch_size = 2
+    config.train.steps = 300
+    config.eval.every_steps = 100
+    config.checkpoint.every_steps = 100
 
 
 def for_colab(config: ConfigDict) -> None:

@@ -129,7 +129,9 @@ def show_memory(
     same = budget and found[0].platform != "cpu" and devices.is_kind(budget, kind)
     _say_table(held | _split(compiled, held, work), compiled.total, say)
     for name, (calls, size) in compiled.collectives.items():
-        say(f"  {name:<18} {calls} in the program, loops once: results of {gib(size)}")
+        say(f"  {name:<18} {calls:,} a step: results of {gib(size)}")
+    for name, calls in compiled.kernels.items():
+        say(f"  {name:<18} {calls} in the program")
     if not same:
         whose = f"the {budget.device}" if budget else "an accelerator"
         say(

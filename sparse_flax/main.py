@@ -12,6 +12,7 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from sparse_flax import processes
 from sparse_flax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -58,6 +59,14 @@ _PROFILE = flags.DEFINE_integer(
     "--mode=train: write a trace of so many steps into WORKDIR/profile.",
     lower_bound=0,
 )
+_DISTRIBUTED = flags.DEFINE_enum(
+    "distributed",
+    "auto",
+    ["auto", "on", "off"],
+    "Be one of several processes, in every mode but dry_run. auto: where SLURM, Open "
+    "MPI, GKE or a TPU pod is found, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
+    "JAX_PROCESS_ID are set.",
+)
 _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
@@ -73,6 +82,7 @@ OF_SOME_MODES = {
     "device": ["dry_run"],
     "topology": ["dry_run"],
     "profile": ["train"],
+    "distributed": ["train", "eval", "sample", "export"],
     "workdir": ["train", "eval", "sample", "export"],
 }
 
@@ -119,6 +129,7 @@ def main(argv: list[str]) -> int:
         options = _CONFIG.value, _DEVICE.value, _say, _TOPOLOGY.value
         return 0 if dry_run.run(*options) else 1
     workdir = _WORKDIR.value or default_workdir()
+    processes.start(_DISTRIBUTED.value, lambda line: print(line, flush=True))
     if _MODE.value == "eval":
         from sparse_flax.eval_run import EvalRun
 
@@ -203,7 +214,8 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)
+    if processes.is_first():
+        print(line, flush=True)
 
 
 def entry_point() -> None:
@@ -212,7 +224,7 @@ def entry_point() -> None:
     sys.stdout.reconfigure(errors="backslashreplace")
     try:
         sys.argv = add_saved_config(sys.argv)  # which ml_collections reads, too
-        app.run(main, flags_parser=parse_flags)
+        app.run(_main_and_part, flags_parser=parse_flags)
     except UserError as error:
         _end(2, f"error: {error}")
     except OSError as error:
@@ -223,10 +235,20 @@ def entry_point() -> None:
         _end(
             130, "interrupted; the same command goes on from what was said to be saved"
         )
+    except Exception as error:  # whose traceback absl has printed
+        processes.fail(1, " ".join(f"{type(error).__name__}: {error}".split())[:300])
+        raise
+
+
+def _main_and_part(argv: list[str]) -> int:
+    status = main(argv)
+    processes.finish()
+    return status
 
 
 def _end(status: int, sentence: str) -> NoReturn:
     print(sentence, file=sys.stderr, flush=True)
+    processes.fail(status, sentence.removeprefix("error: "))
     sys.exit(status)
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, SingleDeviceSharding
 from ml_collections import ConfigDict
 
-from sparse_flax import attention, collectives, optim, state
+from sparse_flax import attention, optim, program, state
 from sparse_flax import config as config_lib
 from sparse_flax.devices import GIB
 from sparse_flax.sharding import (
@@ -31,8 +31,8 @@ class Compiled:
 
     total: float  # infinite where the compiler gave up for lack of memory
     temporary: float  # of these, for what is made and dropped within the step
-    # By name: how often in the program's text, loops once, and the results' bytes.
-    collectives: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    collectives: dict[str, program.Sent] = dataclasses.field(default_factory=dict)
+    kernels: dict[str, int] = dataclasses.field(default_factory=dict)  # for TPUs
 
 
 def mesh_devices(needed: int) -> list[jax.Device] | None:
@@ -111,8 +111,9 @@ def compile_step(config: ConfigDict, devices: list[jax.Device]) -> Compiled:
     kept -= found.alias_size_in_bytes
     # On a CPU, peak_memory_in_bytes means nothing.
     temporary = found.temp_size_in_bytes
-    sent = collectives.count(compiled.as_text()) if math.prod(sizes) > 1 else {}
-    return Compiled(kept + temporary, temporary, sent)
+    text = compiled.as_text()
+    sent = program.collectives(text) if math.prod(sizes) > 1 else {}
+    return Compiled(kept + temporary, temporary, sent, program.kernels(text))
 
 
 def attention_bytes(config: ConfigDict, device: jax.Device) -> int:

@@ -18,7 +18,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from sparse_flax import devices, flops
+from sparse_flax import devices, flops, processes
 from sparse_flax.data.bigram import Floor
 from sparse_flax.model import ModelConfig
 from sparse_flax.workdir import WorkDir, write_atomically, writing
@@ -38,20 +38,27 @@ COLUMNS = (
 
 
 class MetricsLog:
-    """The rows of a run, each step once, however often the run was interrupted."""
+    """The rows of a run, each step once, however often the run was interrupted.
+
+    Process 0 reads and writes them; the others keep what they are given to themselves.
+    """
 
     def __init__(self, workdir: WorkDir, *, step: int, tensorboard: bool):
         """Go on after `step`: later rows, of steps that will be run again, go."""
+        self._path, self._events, self.rows = workdir.metrics, None, []
+        if not processes.is_first():
+            return
         self.rows = [row for row in read_rows(workdir.metrics) if row["step"] <= step]
         lines = "".join(json.dumps(row) + "\n" for row in self.rows)
         write_atomically(workdir.metrics, lines.encode())
-        self._path = workdir.metrics
         self._events = Events(workdir.tensorboard, step) if tensorboard else None
 
     def write(self, *, step: int, split: str, **values: Any) -> None:
         """Write one row; the columns that are not given are null."""
         row = dict.fromkeys(COLUMNS) | {"step": step, "split": split} | values
         self.rows.append(row)
+        if not processes.is_first():
+            return
         with writing(self._path), open(self._path, "a") as file:
             file.write(json.dumps(row) + "\n")
         if self._events:
@@ -65,7 +72,8 @@ class MetricsLog:
 
     def plot(self, path: Path, floor: Floor | None = None, unit: str = "byte") -> None:
         """Draw the loss curve, in bits by the unit; `floor` is a line to be below."""
-        plot_curve(self.rows, path, floor, unit)
+        if processes.is_first():
+            plot_curve(self.rows, path, floor, unit)
 
     def close(self) -> None:
         """Close what is open."""

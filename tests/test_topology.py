@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 from test_dry_run import configuration
 
-from sparse_flax import collectives, dry_run, topology
+from sparse_flax import dry_run, program, topology
 from sparse_flax.errors import UserError
 
 needs_compiler = pytest.mark.skipif(
@@ -32,18 +32,34 @@ def test_the_mesh_is_as_large_as_the_topology():
         topology.check_mesh(config, "v5e:4x4", 16)
 
 
-def test_collectives_are_read_from_a_program():
-    program = """
-    %a = f32[2,3]{1,0} all-reduce(%x), channel_id=1
-    %b = (f32[4]{0}, bf16[8]{0}) all-reduce(%y, %z)
-    %c = (bf16[2,8]{1,0:T(8,128)}, bf16[16,8]{1,0}) all-gather-start(%p)
-    %d = bf16[16,8]{1,0} all-gather-done(%c)
-    %e = f32[] add(%f, %all-reduce.3)
-    """
-    assert collectives.count(program) == {
-        "all-reduce": (2, 24 + 16 + 16),
+PROGRAM = """
+HloModule a_step
+
+%body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %b = (f32[4]{0}, bf16[8]{0}) all-reduce(%y, %z)
+}
+
+%limit (p: (s32[], f32[4])) -> pred[] {
+  %n = s32[]{:T(128)} constant(3)
+}
+
+ENTRY %main (x: f32[2,3]) -> f32[] {
+  %a = f32[2,3]{1,0} all-reduce(%x), channel_id=1
+  %w = (s32[], f32[4]) while(%t), condition=%limit, body=%body
+  %c = (bf16[2,8]{1,0:T(8,128)}, bf16[16,8]{1,0}) all-gather-start(%p)
+  %d = bf16[16,8]{1,0} all-gather-done(%c)
+  %splash.3 = f32[8]{0} custom-call(%d), custom_call_target="tpu_custom_call"
+  %e = f32[] add(%f, %all-reduce.3)
+}
+"""
+
+
+def test_collectives_and_kernels_are_read_from_a_program():
+    assert program.collectives(PROGRAM) == {
+        "all-reduce": (1 + 3, 24 + 3 * (16 + 16)),
         "all-gather": (1, 256),
     }
+    assert program.kernels(PROGRAM) == {"splash": 1}
 
 
 @needs_compiler
