@@ -36,8 +36,8 @@ POD = "enwik8", "cifar10", "imagenet64", "imagenet64:302m", "music"
 POD = (*POD, "music:262144", "music:1048576", "images", "books", "text8")
 CASES = [
     *((name, "v5e:1x1") for name in ONE),
-    *((name, "v5e:4x4") for name in (*ONE, "enwik8")),
     *((name, "v5e:16x16") for name in POD),
+    *((name, "v5e:4x4") for name in (*ONE, "enwik8")),
 ]
 
 
