@@ -24,8 +24,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the package, also where it is not installed
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from processes import versions  # noqa: E402
-
+from benchmarks.processes import versions  # noqa: E402
 from sparse_flax import config as config_lib  # noqa: E402
 from sparse_flax import devices, flops, memory, topology  # noqa: E402
 from sparse_flax.config_checks import finalize  # noqa: E402

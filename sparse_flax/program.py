@@ -15,7 +15,7 @@ COLLECTIVES = (
     "all-to-all",
     "collective-permute",
 )
-COMPUTATION = re.compile(r"^(?:(ENTRY) )?%?([\w.-]+) [^\n]*\{\n(.*?)^\}", re.M | re.S)
+COMPUTATION = re.compile(r"^(?:(ENTRY) )?%?([\w.-]+) [^\n]*\{\n(.*?)^\}$", re.M | re.S)
 CALL = re.compile(rf" = (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(")
 ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 KERNEL = re.compile(r'%([\w-]+?)[\d.]* = .*custom_call_target="tpu_custom_call"')

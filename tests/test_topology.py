@@ -1,10 +1,13 @@
 """Dry runs for TPUs that are not here."""
 
 import importlib.util
+import json
+from pathlib import Path
 
 import pytest
 from test_dry_run import configuration
 
+from benchmarks import topologies
 from sparse_flax import dry_run, program, topology
 from sparse_flax.errors import UserError
 
@@ -44,11 +47,12 @@ HloModule a_step
 }
 
 ENTRY %main (x: f32[2,3]) -> f32[] {
+  %splash.3 = f32[8]{0} custom-call(%d), custom_call_target="tpu_custom_call", x={
+}}, metadata={}
   %a = f32[2,3]{1,0} all-reduce(%x), channel_id=1
   %w = (s32[], f32[4]) while(%t), condition=%limit, body=%body
   %c = (bf16[2,8]{1,0:T(8,128)}, bf16[16,8]{1,0}) all-gather-start(%p)
   %d = bf16[16,8]{1,0} all-gather-done(%c)
-  %splash.3 = f32[8]{0} custom-call(%d), custom_call_target="tpu_custom_call"
   %e = f32[] add(%f, %all-reduce.3)
 }
 """
@@ -63,12 +67,39 @@ def test_collectives_and_kernels_are_read_from_a_program():
 
 
 @needs_compiler
-@pytest.mark.slow
-def test_a_train_step_is_compiled_for_one_chip():
+@pytest.mark.parametrize(("name", "chips"), [("v5e:1x1", 1), ("v5e:4x4", 16)])
+def test_a_train_step_is_compiled_for_chips_that_are_not_here(name, chips):
     lines = []
-    values = {"context": 256, "layers": 1, "width": 64, "patterns": "Strided(2)"}
-    config = configuration(**{f"model__{name}": x for name, x in values.items()})
-    assert dry_run.run(config, say=lines.append, topology_name="v5e:1x1")
-    assert "  runs         tpu: " in "\n".join(lines)
+    config = configuration(
+        model__context=256,
+        model__layers=1,
+        model__width=64,
+        model__heads=1,
+        model__patterns="Local(128)",
+        mesh__data=chips,
+        train__batch_size=chips,
+        eval__batch_size=chips,
+    )
+    assert dry_run.run(config, say=lines.append, topology_name=name)
+    text = "\n".join(lines)
+    assert "  runs         tpu: " in text
+    assert "splash_mha_fwd" in text and "splash_mha_dkv" in text
+    assert ("all-reduce" in text) == (chips > 1)
     assert any(line.startswith("it fits the TPU v5e: ") for line in lines)
-    assert not any("an estimate for" in line for line in lines)
+    assert "an estimate for" not in text
+
+
+RESULT = Path(__file__).parents[1] / "benchmarks" / "results" / "topologies.json"
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cifar10:colab"])
+def test_the_table_of_topologies_says_what_the_compiler_says(name):
+    made = topologies.row(name, "v5e:1x1")
+    rows = json.loads(RESULT.read_text())["rows"]
+    (said,) = (r for r in rows if (r["config"], r["topology"]) == (name, "v5e:1x1"))
+    assert made["fits"] and said["fits"]
+    assert any("splash" in kernel for kernel in made["kernels"])
+    # Other versions of the compiler place things a little differently.
+    assert made["bytes"] == pytest.approx(said["bytes"], rel=0.1)
