@@ -92,6 +92,16 @@ def test_a_train_step_is_compiled_for_chips_that_are_not_here(name, chips):
 RESULT = Path(__file__).parents[1] / "benchmarks" / "results" / "topologies.json"
 
 
+@pytest.mark.parametrize("name", ["enwik8:colab", "cifar10:colab", "music:colab"])
+def test_the_presets_for_one_chip_fit_it_by_the_table(name):
+    rows = json.loads(RESULT.read_text())["rows"]
+    (row,) = (r for r in rows if (r["config"], r["topology"]) == (name, "v5e:1x1"))
+    assert row["fits"] and row["bytes"] < row["usable_bytes"]
+    assert {"splash_mha_fwd_residuals", "splash_mha_dq_no_residuals"} <= {
+        *row["kernels"]
+    }
+
+
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cifar10:colab"])
