@@ -20,7 +20,7 @@ Presets:
               5.15 bits per dim of 32 validation images, from 8; a table of neighbouring
               pixels has 5.93 (one run)
     colab     16 layers, for Colab's free TPU, one v5e: two epochs. Compiled for one,
-              never run; at a fifth of its peak it would take nine minutes
+              never run; at a fifth of its peak it would take six minutes
     short     the model at full size for some minutes of one GPU
 """
 

@@ -12,7 +12,7 @@ Presets:
     shared    all heads use the last slice of each block
     colab     a quarter of the layers and a third of the context, for Colab's free TPU,
               one v5e: an epoch. Compiled for one, never run; at a fifth of its peak it
-              would take eight minutes
+              would take seven minutes
 """
 
 from ml_collections import ConfigDict

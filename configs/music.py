@@ -23,7 +23,7 @@ Presets:
                windows, from 8; a bigram table has 5.15 (one run)
     colab      8 layers, windows of 16,384 (1.4 s), for Colab's free TPU, one v5e: 98 MB
                of sound. Compiled for one, never run; at a fifth of its peak it would
-               take eight minutes
+               take seven minutes
     short      the first model for some minutes of one GPU
     small      1.3M parameters, windows of 16,384: models/audio, see models/README.md
 """
