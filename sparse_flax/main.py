@@ -48,6 +48,11 @@ _DEVICE = flags.DEFINE_string(
     "--mode=dry_run: what it has to fit, as H200 or 'TPU v5e'; by default the "
     "accelerator that is here.",
 )
+_TOPOLOGY = flags.DEFINE_string(
+    "topology",
+    None,
+    "--mode=dry_run: TPUs that are not here, as v5e:1x1 or v5e:16x16, to compile for.",
+)
 _PROFILE = flags.DEFINE_integer(
     "profile",
     0,
@@ -75,6 +80,7 @@ OF_SOME_MODES = {
     "checkpoint_step": ["eval", "sample", "export"],
     "model": ["sample", "export"],
     "device": ["dry_run"],
+    "topology": ["dry_run"],
     "profile": ["train"],
     "distributed": ["train", "eval", "sample", "export"],
     "workdir": ["train", "eval", "sample", "export"],
@@ -112,11 +118,16 @@ def main(argv: list[str]) -> int:
             "--checkpoint_step is for a run, and --model holds one set of weights; "
             "leave one out"
         )
+    if _DEVICE.value and _TOPOLOGY.value:
+        raise UserError(
+            "--device names one device to fit and --topology all of them; leave one out"
+        )
     # Late, so that a mistake in the flags is answered before jax is loaded.
     if _MODE.value == "dry_run":
         from sparse_flax import dry_run
 
-        return 0 if dry_run.run(_CONFIG.value, _DEVICE.value, say=_say) else 1
+        options = _CONFIG.value, _DEVICE.value, _say, _TOPOLOGY.value
+        return 0 if dry_run.run(*options) else 1
     workdir = _WORKDIR.value or default_workdir()
     processes.start(_DISTRIBUTED.value, lambda line: print(line, flush=True))
     if _MODE.value == "eval":

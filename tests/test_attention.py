@@ -356,7 +356,7 @@ def test_shards_compute_alone():
 
 def test_explain():
     told = explain(Strided(128), *[(8, 12288, 8, 64)] * 3, device_kind="TPU v5e")
-    assert told.implementation == "gathered" and told.device_kind == "TPU v5e"
+    assert told.implementation == "tpu" and told.device_kind == "TPU v5e"
     # Band and columns by hand: 128 keys less the start, and (96 - 1) / 2 rows.
     pairs = 12288 * 128 - 128 * 127 // 2 + 128 * 96 * 95 // 2
     assert told.keys_per_query == pairs / 12288

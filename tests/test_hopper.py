@@ -289,7 +289,7 @@ def test_other_devices_and_older_versions():
 def test_support_table():
     table = support_table()
     lines = table.split("\n")
-    assert "hopper | cudnn | gathered | reference" in lines[0]
+    assert "hopper | cudnn | tpu | gathered | reference" in lines[0]
     strided = next(line for line in lines if "| `Strided(stride=128)`" in line)
     works = jax.__version_info__ >= hopper.OLDEST_JAX
     assert ("| yes | yes | yes | yes |" in strided) == works
