@@ -72,6 +72,7 @@ def assert_equals_the_reference(run, pattern, args):
         (Columns(1), (1, 130, 1, 1, 64, 64), "bfloat16"),  # long, padded to 192 rows
         (Columns(1), (1, 64, 2, 1, 64, 128), "bfloat16"),  # shared keys
         (Local(96), (1, 128, 1, 1, 64, 64), "bfloat16"),
+        (Local(128), (1, 320, 2, 1, 32, 32), "float16"),
         (Local(130), (1, 192, 1, 1, 32, 32), "bfloat16"),  # ring; narrow heads
         (Strided(4), (1, 64, 2, 1, 128, 128), "bfloat16"),  # packed, two warpgroups
         (Strided(5), (1, 118, 1, 1, 64, 64), "bfloat16"),  # 24 rows, zeros, padding

@@ -18,6 +18,7 @@ from sparse_flax.attention import parts
 from sparse_flax.attention.hopper import (
     band,
     band_ring,
+    band_walk,
     columns,
     columns_backward,
     long_columns,
@@ -152,7 +153,9 @@ def _backward(halves: Halves, q, k, v, out, lse, d_out):
         into = [_unfold(x, T, H) for x in into]
     else:
         delta = _delta(out, d_out)
-    if window:
+    if window and not stride and band_walk.supports(window, q.shape[3], v.shape[3]):
+        into = _walk_backward(halves, q, k, v, out, lse, d_out, delta)
+    elif window:
         padded = up(T, tiles.M)
         args = [fit(x, padded, 1) for x in (q, k, v, d_out)]
         args += [fit(x, padded, 2) for x in (lse, delta)]
@@ -162,6 +165,19 @@ def _backward(halves: Halves, q, k, v, out, lse, d_out):
         into = backward(*args, halves.scale, reach, into=into, **run)
     dq, dk, dv = (x[:, :T] for x in into)
     return dq, sum_groups(dk, k.shape[2]), sum_groups(dv, k.shape[2])
+
+
+def _walk_backward(halves: Halves, q, k, v, out, lse, d_out, delta):
+    padded = up(q.shape[1], tiles.M)
+    args = [fit(x, padded, 1) for x in (q, k, v, d_out)]
+    args += [fit(x, padded, 2) for x in (lse, delta)]
+    if band_walk.makes_delta(q.shape[3], v.shape[3]):
+        args[-1] = None
+    return band_walk.backward(
+        *(*args, halves.scale, halves.window),
+        out_BTHV=fit(out, padded, 1),
+        interpret=halves.interpret,
+    )
 
 
 def _column_fits(q_BRCK, k_BRCK, v_BRCV) -> bool:
