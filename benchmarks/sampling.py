@@ -47,8 +47,11 @@ from sparse_flax.decoder import decoder, prefill  # noqa: E402
 from sparse_flax.model import ModelConfig, SparseTransformer  # noqa: E402
 
 BYTES = 64  # of a call that is timed
-# (pattern, or '' for the config's own; rows). What matters first, should time run out.
-CASES = [("", 1), ("", 64), ("Dense()", 1), ("Dense()", 64)]
+# (model, pattern or '' for its own, rows). What matters first, should time run out.
+CASES = [
+    *(("enwik8", pattern, rows) for pattern in ("", "Dense()") for rows in (1, 64)),
+    ("cifar10", "", 64),
+]
 
 
 def main() -> None:
@@ -59,22 +62,22 @@ def main() -> None:
         "command": f"python {shlex.join(sys.argv)}",
         "rows": [],
     }
-    began, total = time.monotonic(), len(CASES) + 1
-    for number in range(total):
+    cases = [case for case in CASES if case[0] in args.models]
+    began = time.monotonic()
+    for number, (name, pattern, rows) in enumerate(cases):
         spent = time.monotonic() - began
-        eta = f" | eta {spent / number * (total - number):.0f} s" if number else ""
-        if number < len(CASES):
-            pattern, rows = CASES[number]
-            config = model_config("enwik8", pattern, args.quick)
-            rows = min(rows, 4) if args.quick else rows
-            name = f"enwik8 {pattern or 'its own pattern'}, {rows} rows"
-            print(f"case {number + 1} of {total}: {name}{eta}", flush=True)
-            row = window("enwik8", config, rows, device.device_kind)
+        eta = f" | eta {spent / number * (len(cases) - number):.0f} s" if number else ""
+        rows = min(rows, 4) if args.quick else rows
+        print(
+            f"case {number + 1} of {len(cases)}: {name} "
+            f"{pattern or 'its own pattern'}, {rows} rows{eta}",
+            flush=True,
+        )
+        config = model_config(name, pattern, args.quick)
+        if name == "cifar10":
+            row = images(name, config, rows)
         else:
-            config, rows = model_config("cifar10", "", args.quick), 64
-            rows = 2 if args.quick else rows
-            print(f"case {number + 1} of {total}: {rows} images{eta}", flush=True)
-            row = images("cifar10", config, rows)
+            row = window(name, config, rows, device.device_kind)
         print(f"  {shown(row)}", flush=True)
         record["rows"].append(row)
         args.output.parent.mkdir(exist_ok=True, parents=True)
@@ -84,6 +87,8 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small models")
+    names = list(dict.fromkeys(name for name, _, _ in CASES))
+    parser.add_argument("--models", nargs="+", choices=names, default=names)
     parser.add_argument("--output", type=Path, default=RESULTS)
     return parser.parse_args()
 
