@@ -7,9 +7,9 @@ enwik8's model, its own pattern and dense attention, a window of 12,288 bytes at
 for 1 and for 64 rows: seconds a byte at a position are those of the loop that
 `generate` runs, started there over caches that are empty but as large (what they hold
 changes no time), best of three calls of 64 bytes. The average over the window is that
-of the middles of its quarters: a call reads as far as its quarter ends, so that within
-a quarter the time does not change. CIFAR-10's model: 64 images, all of their bytes, by
-`generate` itself, compiling left out.
+of the middles of its parts (quarters, or eighths with many rows): a call reads as far
+as its part ends, so that within a part the time does not change. CIFAR-10's model: 64
+images, all of their bytes, by `generate` itself, compiling left out.
 
 The share of memory bandwidth is what a step must read (weights once, and of the caches
 what the byte at this position sees) a second, of the vendor's figure.
@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import runpy
 import shlex
@@ -46,8 +47,11 @@ from sparse_flax.decoder import decoder, prefill  # noqa: E402
 from sparse_flax.model import ModelConfig, SparseTransformer  # noqa: E402
 
 BYTES = 64  # of a call that is timed
-# (pattern, or '' for the config's own; rows). What matters first, should time run out.
-CASES = [("", 1), ("", 64), ("Dense()", 1), ("Dense()", 64)]
+# (model, pattern or '' for its own, rows). What matters first, should time run out.
+CASES = [
+    *(("enwik8", pattern, rows) for pattern in ("", "Dense()") for rows in (1, 64)),
+    ("cifar10", "", 64),
+]
 
 
 def main() -> None:
@@ -58,22 +62,22 @@ def main() -> None:
         "command": f"python {shlex.join(sys.argv)}",
         "rows": [],
     }
-    began, total = time.monotonic(), len(CASES) + 1
-    for number in range(total):
+    cases = [case for case in CASES if case[0] in args.models]
+    began = time.monotonic()
+    for number, (name, pattern, rows) in enumerate(cases):
         spent = time.monotonic() - began
-        eta = f" | eta {spent / number * (total - number):.0f} s" if number else ""
-        if number < len(CASES):
-            pattern, rows = CASES[number]
-            config = model_config("enwik8", pattern, args.quick)
-            rows = min(rows, 4) if args.quick else rows
-            name = f"enwik8 {pattern or 'its own pattern'}, {rows} rows"
-            print(f"case {number + 1} of {total}: {name}{eta}", flush=True)
-            row = window("enwik8", config, rows, device.device_kind)
+        eta = f" | eta {spent / number * (len(cases) - number):.0f} s" if number else ""
+        rows = min(rows, 4) if args.quick else rows
+        print(
+            f"case {number + 1} of {len(cases)}: {name} "
+            f"{pattern or 'its own pattern'}, {rows} rows{eta}",
+            flush=True,
+        )
+        config = model_config(name, pattern, args.quick)
+        if name == "cifar10":
+            row = images(name, config, rows)
         else:
-            config, rows = model_config("cifar10", "", args.quick), 64
-            rows = 2 if args.quick else rows
-            print(f"case {number + 1} of {total}: {rows} images{eta}", flush=True)
-            row = images("cifar10", config, rows)
+            row = window(name, config, rows, device.device_kind)
         print(f"  {shown(row)}", flush=True)
         record["rows"].append(row)
         args.output.parent.mkdir(exist_ok=True, parents=True)
@@ -83,6 +87,8 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small models")
+    names = list(dict.fromkeys(name for name, _, _ in CASES))
+    parser.add_argument("--models", nargs="+", choices=names, default=names)
     parser.add_argument("--output", type=Path, default=RESULTS)
     return parser.parse_args()
 
@@ -103,8 +109,8 @@ def model_config(name: str, pattern: str, quick: bool) -> ModelConfig:
 def window(name: str, config: ModelConfig, rows: int, kind: str) -> dict:
     """Time a byte at some positions of a window, and average over all of it."""
     T = config.context
-    quarter = max(T // 4, generate.SMALLEST_QUARTER)
-    middles = range(quarter // 2, T, quarter)
+    ends = sorted({generate.reach(end, T, rows) for end in range(1, T + 1)})
+    middles = [(a + b) // 2 for a, b in itertools.pairwise([0, *ends])]
     asked = [round(500 / 12288 * T), min(round(12000 / 12288 * T), T - BYTES)]
     model = make(config)
     weights = jax.block_until_ready(decoder(model))
@@ -115,7 +121,7 @@ def window(name: str, config: ModelConfig, rows: int, kind: str) -> dict:
     keys_B = jax.random.split(jax.random.key(0), rows)
     seconds, compile_s, compiled = {}, 0.0, set()
     for position in sorted({*middles, *asked}):
-        reach = min(position + BYTES + -(position + BYTES) % quarter, T)
+        reach = generate.reach(position + BYTES, T, rows)
         best = float("inf")
         for _ in range(3 + (reach not in compiled)):
             began = time.perf_counter()

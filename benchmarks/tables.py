@@ -19,6 +19,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the package, also where it is not installed
 
 from sparse_flax.attention import support_table  # noqa: E402
+from sparse_flax.devices import GIB  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -193,6 +194,33 @@ def train_step_table(result: dict) -> str:
     return f"{_markdown(lines)}\n\n{_on(result)} {note}"
 
 
+def topologies_table(result: dict) -> str:
+    """A line a config and topology that its train step was compiled for."""
+    head = "config, TPU, batch x tokens, GiB a chip (state), of, TFLOPs a step and chip"
+    lines = [[*head.split(", "), "collectives, GiB a step", "splash kernels"]]
+    for row in result["rows"]:
+        line = [f"`{row['config']}`", row["topology"]]
+        line += [f"{row['batch_size']} x {row['context']:,}"]
+        used = "does not fit"
+        if row["bytes"] is not None:
+            used = f"{row['bytes'] / GIB:.2f}" + ("" if row["fits"] else ", too much")
+        line += [f"{used} ({row['state_bytes'] / GIB:.2f})"]
+        line += [f"{row['usable_bytes'] / GIB:.1f}", f"{row['flops'] / 1e12:.2f}"]
+        sent = [
+            f"{calls:,} {name}, {size / GIB:.2f}"
+            for name, (calls, size) in row["collectives"].items()
+        ]
+        splash = sum(n for name, n in row["kernels"].items() if "splash" in name)
+        lines.append([*line, "; ".join(sent), str(splash)])
+    versions = ", ".join(f"{name} {n}" for name, n in result["versions"].items())
+    note = (
+        "What the TPU's compiler says, without a TPU: none of these has run on one. "
+        "Batches over all chips (mesh.data), with a row a chip where the config's own "
+        "batch has fewer"
+    )
+    return f"{_markdown(lines)}\n\n{note} ({versions})."
+
+
 def sampling_table(result: dict) -> str:
     """A line a model, pattern and number of rows."""
     head = "model, pattern, at once, bytes/s, ms a byte (share of memory bandwidth)"
@@ -243,6 +271,8 @@ def tables() -> dict[str, str]:
         made["train_step"] = train_step_table(result)
     if result := _result("sampling"):
         made["sampling"] = sampling_table(result)
+    if result := _result("topologies"):
+        made["topologies"] = topologies_table(result)
     return made
 
 

@@ -15,6 +15,7 @@ its stride, a row of pixels; little dropout.
 
 Presets:
     laptop    a small model of 32 x 32 pixels, for CPUs: that of cifar10.py:laptop
+    small     1.4M parameters, 32 x 32 pixels: models/images, see models/README.md
 """
 
 import runpy
@@ -29,8 +30,8 @@ CIFAR10 = runpy.run_path(str(Path(__file__).with_name("cifar10.py")))
 
 
 def get_config(preset: str = "") -> ConfigDict:
-    check_preset(preset, "laptop")
-    config = CIFAR10["get_config"](preset)
+    check_preset(preset, "laptop", "small")
+    config = CIFAR10["get_config"]("laptop" if preset == "laptop" else "")
     config.data.name = "images"
     config.data.kind = "image"  # also of a set of tensorflow-datasets, tfds:NAME
     config.data.size = 32
@@ -48,4 +49,29 @@ def get_config(preset: str = "") -> ConfigDict:
     config.model.layers = 64
     config.model.dropout = 0.1
     config.train.steps = 100_000
+    if preset == "small":
+        shrink(config)
     return config
+
+
+def shrink(config: ConfigDict) -> None:
+    """Make it a small model, for some minutes of one GPU."""
+    config.model.layers = 8
+    config.model.width = 128
+    config.model.heads = 2
+    config.model.qk_width = 128
+    config.model.feed_forward = 384
+    config.model.embedding_std = 0.1
+    config.model.remat = "none"
+    config.model.unroll = 2
+
+    config.optim.learning_rate = 2e-3
+    config.optim.embedding_rate = 3.0
+    config.optim.warmup_steps = 100
+    config.optim.beta2 = 0.95
+    config.optim.ema_decay = 0.99
+
+    config.train.batch_size = 32
+    config.train.steps = 2000
+    config.eval.every_steps = 500
+    config.checkpoint.every_steps = 500

@@ -21,6 +21,12 @@ Presets:
                processor time; 5 min 7 s on a machine that others used, too). On eight
                minutes of music and speech, ends at 4.94 bits per byte of 32 validation
                windows, from 8; a bigram table has 5.15 (one run)
+    colab      8 layers, windows of 16,384 (1.4 s), for Colab's free TPU, one v5e: 98 MB
+               of sound. Compiled for one, never run; at a fifth of its peak it would
+               take seven minutes
+    short      12 layers of width 256 (10M parameters), the first model's length and
+               stride, for some minutes of one GPU
+    small      1.3M parameters, windows of 16,384: models/audio, see models/README.md
 """
 
 from ml_collections import ConfigDict
@@ -36,7 +42,7 @@ SIZES = {
 
 
 def get_config(preset: str = "") -> ConfigDict:
-    check_preset(preset, "262144", "1048576", "laptop")
+    check_preset(preset, "262144", "1048576", "laptop", "short", "small", "colab")
     config = defaults()
     config.data.name = "audio"
 
@@ -57,7 +63,65 @@ def get_config(preset: str = "") -> ConfigDict:
     config.eval.sample_bytes = 0
     if preset == "laptop":
         shrink(config)
+    if preset in ("short", "small"):
+        hurry(config)
+    if preset == "small":
+        config.model.context = 16_384
+        config.model.layers = 6
+        config.model.width = 128
+        config.model.heads = 2
+        config.model.patterns = "Local(128), Columns(128)"
+        config.model.dropout = 0.0
+        config.model.unroll = 3
+        config.optim.learning_rate = 2e-3
+        config.optim.warmup_steps = 50
+        config.optim.ema_decay = 0.98
+        config.train.batch_size = 8
+        config.train.steps = 2000
+    if preset == "colab":
+        for_colab(config)
     return config
+
+
+def hurry(config: ConfigDict) -> None:
+    """Make it a smaller model that learns fast, for some minutes of one GPU."""
+    config.model.layers = 12
+    config.model.width = 256
+    config.model.heads = 4
+    config.model.dropout = 0.1
+    config.model.embedding_std = 0.1
+    config.model.remat = "none"
+
+    config.optim.learning_rate = 1.5e-3
+    config.optim.embedding_rate = 3.0
+    config.optim.warmup_steps = 100
+    config.optim.beta2 = 0.95
+    config.optim.ema_decay = 0.99
+
+    config.train.batch_size = 4
+    config.train.steps = 1500
+    config.eval.every_steps = 250
+    config.checkpoint.every_steps = 250
+
+
+def for_colab(config: ConfigDict) -> None:
+    """Make it a model for some minutes of one small TPU."""
+    config.model.context = 16_384
+    config.model.layers = 8
+    config.model.patterns = "Local(128), Columns(128)"
+    config.model.embedding_std = 0.1
+    config.model.remat = "attention+mlp"
+
+    config.optim.learning_rate = 1e-3
+    config.optim.warmup_steps = 150
+    config.optim.beta2 = 0.95
+    config.optim.ema_decay = 0.99
+
+    config.train.batch_size = 4
+    config.train.steps = 1500
+    config.eval.every_steps = 250
+    config.eval.max_windows = 64
+    config.checkpoint.every_steps = 250
 
 
 def shrink(config: ConfigDict) -> None:

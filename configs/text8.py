@@ -6,6 +6,7 @@ Not in the paper. Split 90/5/5 MB as is usual.
 
 Presets:
     shared    all heads use the last slice of each block
+    colab     for Colab's free TPU: enwik8.py:colab
 """
 
 import runpy

@@ -19,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from sparse_flax import integrity, quiet
+from sparse_flax import integrity, processes, quiet
 from sparse_flax.errors import UserError
 
 
@@ -69,7 +69,7 @@ class Checkpointer:
 
         Raises UserError if there is none.
         """
-        steps = self.steps()
+        steps = processes.from_first(self.steps())
         if not steps:
             raise UserError(
                 f"{self._directory} holds no checkpoint yet; train until one is saved, "
@@ -155,7 +155,7 @@ class Checkpointer:
         self._settle()
         wanted = _wanted(abstract_state)
         damaged: dict[int, str] = {}
-        for step in reversed(self.steps()):
+        for step in reversed(processes.from_first(self.steps())):
             try:
                 leaves = self._try_to_read(step, wanted)
                 break

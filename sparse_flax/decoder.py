@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -138,20 +139,37 @@ def prefill(model: SparseTransformer, inputs_BT, length, *, T: int) -> Caches:
     Returns:
       A cache for each layer.
     """
-    config, caches = model.config, []
+    return tuple(
+        _keep(pattern, T, k, v, length)
+        for pattern, (_, k, v) in layer_by_layer(model, inputs_BT)
+    )
+
+
+_keep = jax.jit(decode.prefill, static_argnums=(0, 1))
+
+
+def layer_by_layer(model: SparseTransformer, inputs_BT) -> Iterator[tuple]:
+    """Run the layers one after the other, without dropout.
+
+    Each is compiled once for all layers of a pattern, and what they compute is nowhere
+    together in one array: the caches of a prompt may be most of the memory.
+
+    Yields:
+      For each layer its pattern, and its queries, keys and values (q_BTHK, k_BTHK,
+      v_BTHV).
+    """
+    config = model.config
     x_BTD = _embedded(model, inputs_BT)
     for layer in range(config.layers):
-        x_BTD, cache = _read(
+        pattern = config.patterns[layer % len(config.patterns)]
+        x_BTD, qkv = _run(
             model.blocks,
             layer,
             x_BTD,
-            length,
-            pattern=config.patterns[layer % len(config.patterns)],
-            T=T,
+            pattern=pattern,
             implementation=config.implementation,
         )
-        caches.append(cache)
-    return tuple(caches)
+        yield pattern, qkv
 
 
 @jax.jit
@@ -159,18 +177,12 @@ def _embedded(model, inputs_BT):
     return model.embed(inputs_BT)
 
 
-@functools.partial(jax.jit, static_argnames=("pattern", "T", "implementation"))
-def _read(blocks, layer, x_BTD, length, *, pattern: Pattern, T: int, implementation):
-    """Run one block, and keep what it leaves behind.
-
-    Compiled once for all layers of a pattern, and the caches are nowhere together in
-    one array: they may be most of the memory.
-    """
+@functools.partial(jax.jit, static_argnames=("pattern", "implementation"))
+def _run(blocks, layer, x_BTD, *, pattern: Pattern, implementation):
     block = _layer(blocks, layer)
     q, k, v = block.qkv(x_BTD)
     a_BTHV = sparse_attention(q, k, v, pattern, implementation=implementation)
-    cache = decode.prefill(pattern, T, k, v, length)
-    return block.after_attention(x_BTD, a_BTHV), cache
+    return block.after_attention(x_BTD, a_BTHV), (q, k, v)
 
 
 def step(

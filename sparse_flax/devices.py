@@ -129,10 +129,9 @@ def here() -> Budget | None:
     return Budget(device.device_kind, total, limit, highest)
 
 
-def is_here(budget: Budget) -> bool:
-    """Whether the device that JAX runs on is the one of a budget."""
-    kind = jax.devices()[0].device_kind
-    return budget.device in (kind, _find(kind))
+def is_kind(budget: Budget, device_kind: str) -> bool:
+    """Whether a budget is that of a kind of device, as JAX calls it."""
+    return budget.device in (device_kind, _find(device_kind))
 
 
 def fraction() -> float:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 from ml_collections import ConfigDict
 
-from sparse_flax import advice, devices, flops, memory
+from sparse_flax import advice, devices, flops, memory, topology
 from sparse_flax import config as config_lib
 from sparse_flax.config_checks import finalize
 from sparse_flax.devices import Budget
@@ -20,7 +20,12 @@ from sparse_flax.sharding import MESH_AXES
 Say = Callable[[str], None]
 
 
-def run(config: ConfigDict, device: str | None = None, say: Say = print) -> bool:
+def run(
+    config: ConfigDict,
+    device: str | None = None,
+    say: Say = print,
+    topology_name: str | None = None,
+) -> bool:
     """Print the table of parameters, what a step costs, and what memory it needs.
 
     Args:
@@ -28,16 +33,26 @@ def run(config: ConfigDict, device: str | None = None, say: Say = print) -> bool
       device: what it has to fit, as 'H200'; by default the accelerator that JAX runs
         on, if there is one.
       say: prints a line.
+      topology_name: TPUs to compile for and to fit instead, as 'v5e:16x16'.
 
     Returns:
       False if it is known not to fit.
 
     Raises:
-      UserError: the configuration is not valid, or the device not known.
+      UserError: the configuration is not valid, or the device or topology not known,
+        or the mesh not as large as it.
     """
+    chips = topology.describe(topology_name) if topology_name else None
+    if chips:
+        topology.check_mesh(config, topology_name, len(chips))
     config, notices = finalize(config)
     for notice in notices:
         say(f"NOTE: {notice}")
+    if chips:
+        kind = chips[0].device_kind
+        show_costs(config, say, kind)
+        say(f"compiling for {len(chips)} x {kind}, which is not here, and not running")
+        return show_memory(config, chips, devices.named(kind), say)
     given = device and devices.named(device)  # before any work
     found = memory.mesh_devices(math.prod(config.mesh[axis] for axis in MESH_AXES))
     budget = given or devices.here()
@@ -72,6 +87,9 @@ def show_costs(config: ConfigDict, say: Say, device_kind: str | None = None) -> 
         f"FLOPs a step: {once + again:.4g} with what model.remat={config.model.remat} "
         "computes again"
     )
+    count = math.prod(config.mesh[axis] for axis in MESH_AXES)
+    if count > 1:
+        say(f"FLOPs a step and device: {(once + again) / count:.4g} of these")
     moved = memory.least_bytes_moved(config)
     say(
         f"bytes a step and device: at least {gib(sum(moved.values()))} "
@@ -108,8 +126,12 @@ def show_memory(
 
     compiled = measure(config)
     work = memory.attention_bytes(config, found[0])
-    same = budget and devices.is_here(budget) and found[0].platform != "cpu"
+    same = budget and found[0].platform != "cpu" and devices.is_kind(budget, kind)
     _say_table(held | _split(compiled, held, work), compiled.total, say)
+    for name, (calls, size) in compiled.collectives.items():
+        say(f"  {name:<18} {calls:,} a step: results of {gib(size)}")
+    for name, calls in compiled.kernels.items():
+        say(f"  {name:<18} {calls} in the program")
     if not same:
         whose = f"the {budget.device}" if budget else "an accelerator"
         say(

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from sparse_flax import banner, evaluate, progress, state
+from sparse_flax import banner, evaluate, processes, progress, state
 from sparse_flax import config as config_lib
 from sparse_flax.checkpoint import Checkpointer
 from sparse_flax.config_checks import finalize
@@ -24,7 +24,7 @@ from sparse_flax.data import batches, sources
 from sparse_flax.errors import UserError
 from sparse_flax.metrics import first_not_finite, read_rows
 from sparse_flax.model import SparseTransformer
-from sparse_flax.sharding import make_mesh
+from sparse_flax.sharding import make_mesh, own_rows
 from sparse_flax.stopping import StopRequest
 from sparse_flax.workdir import RunFolder, writing
 
@@ -59,7 +59,9 @@ class EvalRun:
         self.model_config = config_lib.model_config(self.config)
         self.stop = StopRequest()
         data, mesh, options = self.config.data, self.config.mesh, self.config.eval
-        self.splits = sources.load(data)
+        with processes.first_before_the_rest():
+            self.splits = sources.load(data)
+        processes.same_everywhere(self.splits.fingerprint, "other data")
         for change in self.folder.agree(self.config, self.splits):
             if change.startswith("model."):  # all else is of no consequence here
                 say(f"changed since the run: {change}")
@@ -155,11 +157,13 @@ class EvalRun:
             for row in read_rows(self.folder.evaluations)
             if self.protocol.items() <= row.items()
         }
+        done = set(processes.from_first(sorted(done)))
         waiting_after = None
         self.stop.listen()
         try:
             while not self.stop:
-                there = self.checkpoints.steps()
+                # Of several processes, all do what the first finds.
+                there = processes.from_first(self.checkpoints.steps())
                 if new := [step for step in there if step not in done]:
                     with jax.set_mesh(self.mesh):
                         model = self.checkpoints.read_part(new[0], *self._part())
@@ -184,7 +188,8 @@ class EvalRun:
 
     def _last_step(self) -> int:
         """Return where the run is to end, which a restart of it may change."""
-        return self.folder.saved()["config"]["train"]["steps"]
+        saved = self.folder.saved() if processes.is_first() else None
+        return processes.from_first(saved and saved["config"]["train"]["steps"])
 
     # ---- One checkpoint ------------------------------------------------------------
 
@@ -198,11 +203,13 @@ class EvalRun:
             what = "images" if self.data.ndim == 2 else "windows"
             self.say(f"evaluating checkpoint {step}: {self.windows:,} {what}")
             began = time.monotonic()
-            rows = self.config.eval.batch_size
+            size = self.config.eval.batch_size
             score = evaluate.bits_per_byte(
                 model,
-                batches.evaluation_batches(self.data, batch_size=rows, **self.cut),
-                count=-(-self.windows // rows),
+                batches.evaluation_batches(
+                    self.data, batch_size=size, rows=own_rows(size), **self.cut
+                ),
+                count=-(-self.windows // size),
                 stop=self.stop,
                 say=self.say,
             )
@@ -253,6 +260,8 @@ class EvalRun:
         return None
 
     def _append(self, row: dict[str, Any]) -> None:
+        if not processes.is_first():
+            return
         path = self.folder.evaluations
         with writing(path), open(path, "ab+") as file:
             # After a line that a full disk tore, begin a new one.

@@ -9,7 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from sparse_flax import config as config_lib
-from sparse_flax import exported, state
+from sparse_flax import exported, processes, state
 from sparse_flax.checkpoint import Checkpointer
 from sparse_flax.config_checks import finalize
 from sparse_flax.errors import UserError
@@ -48,7 +48,9 @@ def run(
         exported.record(target)  # or refuse
     weights = config.eval.weights
     checkpoints = Checkpointer(found.checkpoints, say=say)
-    with jax.set_mesh(make_mesh()):
+    # One device does, but several processes have to read together.
+    shape = config.mesh if processes.count() > 1 else {}
+    with jax.set_mesh(make_mesh(**shape)):
         abstract = state.abstract_model(config_lib.model_config(config))
         field = state.WEIGHTS[weights]
         step, model = checkpoints.newest_whole(field, abstract, step)

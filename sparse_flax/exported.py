@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 import safetensors
 import safetensors.flax
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from sparse_flax import __version__, state
+from sparse_flax import __version__, processes, state
 from sparse_flax import config as config_lib
 from sparse_flax.config_checks import finalize
 from sparse_flax.errors import UserError
@@ -52,9 +53,9 @@ def save(
         name: x if "norm" in name else x.astype(jnp.bfloat16)
         for name, x in named_leaves(model).items()
     }
+    if processes.count() > 1:  # each of which holds pieces
+        leaves = multihost_utils.process_allgather(leaves, tiled=True)
     weights = safetensors.flax.save(jax.device_get(leaves))
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     kept = config_lib.flatten(config.to_dict())
     defaults = config_lib.flatten(config_lib.defaults().to_dict())
     for name in kept:
@@ -68,8 +69,11 @@ def save(
         "config": config_lib.completed(kept).to_dict(),
     }
     text = json.dumps(record, indent=1).encode() + b"\n"
-    write_atomically(folder / "model.safetensors", weights)
-    write_atomically(folder / "config.json", text)
+    if processes.is_first():
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "model.safetensors", weights)
+        write_atomically(folder / "config.json", text)
     return len(weights) + len(text)
 
 

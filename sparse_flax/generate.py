@@ -7,8 +7,10 @@ layer; a step (`decoder.py`) reads of them what its byte sees.
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +25,11 @@ BYTES_PER_CALL = 64  # between two looks at the clock and for a request to stop
 
 # Arrays are for a power of two of bytes, so that few lengths are compiled.
 SMALLEST = 64
-# A call reads of the caches what is before its end, in quarters of the length, or the
-# start of a long sequence would cost as much as its end. Each one is compiled.
-SMALLEST_QUARTER = 1024
+# A call reads of the caches what is before its end, rounded up to a quarter of the
+# length, or the start of a long sequence would cost as much as its end. With many rows
+# it is the caches that take the time, and eighths save more than compiling them takes.
+SMALLEST_PART = 1024
+MANY_ROWS = 16
 
 
 def generate(
@@ -81,32 +85,46 @@ def generate(
     caches = prefill(model, inputs(read), begin, T=T)
     weights = decoder(model)
     bytes_BT = jnp.asarray(bytes_BT)
-    started = said = time.monotonic()
+    calls = [
+        (first, min(first + BYTES_PER_CALL, end))
+        for first in range(begin, end, BYTES_PER_CALL)
+    ]
+    reaches = [reach(call[1], T, B) for call in calls]
+
+    def arguments(call: tuple[int, int]) -> tuple:
+        return weights, caches, bytes_BT, call, lengths_B, keys_B, temperature, filters
+
     done = begin
-    while done < end and not stop:
-        first, done = done, min(done + BYTES_PER_CALL, end)
-        quarter = max(T // 4, SMALLEST_QUARTER)
-        bytes_BT, caches = _sample(
-            weights,
-            caches,
-            bytes_BT,
-            (first, done),
-            lengths_B,
-            keys_B,
-            temperature,
-            filters,
-            reach=min(done + -done % quarter, T),
-        )
-        bytes_BT.block_until_ready()
-        now = time.monotonic()
-        if now - said > 10:
-            said, left = now, (now - started) / (done - begin) * (end - done)
-            say(f"sampling: byte {done:,} of {end:,} | eta {duration(left)}")
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        # All compile at once, the later ones while the first are already in use.
+        compiled = {
+            far: pool.submit(_sample.lower(*arguments(calls[0]), reach=far).compile)
+            for far in dict.fromkeys(reaches)
+        }
+        started = said = time.monotonic()
+        for call, far in zip(calls, reaches, strict=True):
+            if stop:
+                break
+            compiled[far].result()
+            bytes_BT, caches = _sample(*arguments(call), reach=far)
+            bytes_BT.block_until_ready()
+            done = call[1]
+            now = time.monotonic()
+            if now - said > 10:
+                said, left = now, (now - started) / (done - begin) * (end - done)
+                say(f"sampling: byte {done:,} of {end:,} | eta {duration(left)}")
+        pool.shutdown(cancel_futures=True)
     sampled = np.asarray(bytes_BT)[:, :done].astype(np.uint8)
     return [
         sampled[n, length : length + count].tobytes()
         for n, length in enumerate(lengths)
     ]
+
+
+def reach(end: int, T: int, rows: int) -> int:
+    """Return how far a call that ends there reads of T positions."""
+    part = max(T // (8 if rows >= MANY_ROWS else 4), SMALLEST_PART)
+    return min(end + -end % part, T)
 
 
 def as_bytes(prompt: bytes | np.ndarray) -> bytes:

@@ -12,6 +12,7 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from sparse_flax import processes
 from sparse_flax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -47,11 +48,24 @@ _DEVICE = flags.DEFINE_string(
     "--mode=dry_run: what it has to fit, as H200 or 'TPU v5e'; by default the "
     "accelerator that is here.",
 )
+_TOPOLOGY = flags.DEFINE_string(
+    "topology",
+    None,
+    "--mode=dry_run: TPUs that are not here, as v5e:1x1 or v5e:16x16, to compile for.",
+)
 _PROFILE = flags.DEFINE_integer(
     "profile",
     0,
     "--mode=train: write a trace of so many steps into WORKDIR/profile.",
     lower_bound=0,
+)
+_DISTRIBUTED = flags.DEFINE_enum(
+    "distributed",
+    "auto",
+    ["auto", "on", "off"],
+    "Be one of several processes, in every mode but dry_run. auto: where SLURM, Open "
+    "MPI, GKE or a TPU pod is found, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
+    "JAX_PROCESS_ID are set.",
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir",
@@ -66,7 +80,9 @@ OF_SOME_MODES = {
     "checkpoint_step": ["eval", "sample", "export"],
     "model": ["sample", "export"],
     "device": ["dry_run"],
+    "topology": ["dry_run"],
     "profile": ["train"],
+    "distributed": ["train", "eval", "sample", "export"],
     "workdir": ["train", "eval", "sample", "export"],
 }
 
@@ -102,12 +118,18 @@ def main(argv: list[str]) -> int:
             "--checkpoint_step is for a run, and --model holds one set of weights; "
             "leave one out"
         )
+    if _DEVICE.value and _TOPOLOGY.value:
+        raise UserError(
+            "--device names one device to fit and --topology all of them; leave one out"
+        )
     # Late, so that a mistake in the flags is answered before jax is loaded.
     if _MODE.value == "dry_run":
         from sparse_flax import dry_run
 
-        return 0 if dry_run.run(_CONFIG.value, _DEVICE.value, say=_say) else 1
+        options = _CONFIG.value, _DEVICE.value, _say, _TOPOLOGY.value
+        return 0 if dry_run.run(*options) else 1
     workdir = _WORKDIR.value or default_workdir()
+    processes.start(_DISTRIBUTED.value, lambda line: print(line, flush=True))
     if _MODE.value == "eval":
         from sparse_flax.eval_run import EvalRun
 
@@ -192,7 +214,8 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)
+    if processes.is_first():
+        print(line, flush=True)
 
 
 def entry_point() -> None:
@@ -201,7 +224,7 @@ def entry_point() -> None:
     sys.stdout.reconfigure(errors="backslashreplace")
     try:
         sys.argv = add_saved_config(sys.argv)  # which ml_collections reads, too
-        app.run(main, flags_parser=parse_flags)
+        app.run(_main_and_part, flags_parser=parse_flags)
     except UserError as error:
         _end(2, f"error: {error}")
     except OSError as error:
@@ -212,10 +235,20 @@ def entry_point() -> None:
         _end(
             130, "interrupted; the same command goes on from what was said to be saved"
         )
+    except Exception as error:  # whose traceback absl has printed
+        processes.fail(1, " ".join(f"{type(error).__name__}: {error}".split())[:300])
+        raise
+
+
+def _main_and_part(argv: list[str]) -> int:
+    status = main(argv)
+    processes.finish()
+    return status
 
 
 def _end(status: int, sentence: str) -> NoReturn:
     print(sentence, file=sys.stderr, flush=True)
+    processes.fail(status, sentence.removeprefix("error: "))
     sys.exit(status)
 
 

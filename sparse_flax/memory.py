@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, SingleDeviceSharding
 from ml_collections import ConfigDict
 
-from sparse_flax import attention, optim, state
+from sparse_flax import attention, optim, program, state
 from sparse_flax import config as config_lib
 from sparse_flax.devices import GIB
 from sparse_flax.sharding import (
@@ -31,6 +31,8 @@ class Compiled:
 
     total: float  # infinite where the compiler gave up for lack of memory
     temporary: float  # of these, for what is made and dropped within the step
+    collectives: dict[str, program.Sent] = dataclasses.field(default_factory=dict)
+    kernels: dict[str, int] = dataclasses.field(default_factory=dict)  # for TPUs
 
 
 def mesh_devices(needed: int) -> list[jax.Device] | None:
@@ -54,8 +56,9 @@ def mesh_devices(needed: int) -> list[jax.Device] | None:
 def abstract_state(config: ConfigDict) -> state.TrainState:
     """Return shapes and, if a mesh is set, shardings of a run's state."""
     optimizer = optim.make_optimizer(config.optim)
-    args = config_lib.model_config(config), optimizer, jax.random.key(0)
-    return state.abstract(*args)
+    # Its shape alone: a mesh of devices that are not here can make no key.
+    key = jax.eval_shape(jax.random.key, 0)
+    return state.abstract(config_lib.model_config(config), optimizer, key)
 
 
 def state_bytes(config: ConfigDict) -> dict[str, int]:
@@ -89,23 +92,28 @@ def state_bytes(config: ConfigDict) -> dict[str, int]:
 def compile_step(config: ConfigDict, devices: list[jax.Device]) -> Compiled:
     """Compile the train step of a finalized configuration for its mesh of devices."""
     sizes = [config.mesh[axis] for axis in MESH_AXES]
+    key = jax.random.key(1)  # before the mesh, whose devices may be described only
     with jax.set_mesh(make_mesh(*sizes, devices=devices)):
         shape = config.train.batch_size, config.model.context
         tokens_BT = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding())
         batch = {"inputs_BT": tokens_BT, "targets_BT": tokens_BT}
-        step = make_train_step(config, jax.random.key(1))
+        step = make_train_step(config, key)
         lowered = step.lower(abstract_state(config), batch)
         try:
-            found = lowered.compile().memory_analysis()
+            compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:  # on a TPU, whose memory is known
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             return Compiled(math.inf, math.inf)
+    found = compiled.memory_analysis()
     # The new state takes the place of the old one, which is the alias.
     kept = found.argument_size_in_bytes + found.output_size_in_bytes
     kept -= found.alias_size_in_bytes
     # On a CPU, peak_memory_in_bytes means nothing.
-    return Compiled(kept + found.temp_size_in_bytes, found.temp_size_in_bytes)
+    temporary = found.temp_size_in_bytes
+    text = compiled.as_text()
+    sent = program.collectives(text) if math.prod(sizes) > 1 else {}
+    return Compiled(kept + temporary, temporary, sent, program.kernels(text))
 
 
 def attention_bytes(config: ConfigDict, device: jax.Device) -> int:

@@ -13,12 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from sparse_flax import devices, flops
+from sparse_flax import devices, flops, processes
 from sparse_flax.data.bigram import Floor
 from sparse_flax.model import ModelConfig
 from sparse_flax.workdir import WorkDir, write_atomically, writing
@@ -38,20 +39,27 @@ COLUMNS = (
 
 
 class MetricsLog:
-    """The rows of a run, each step once, however often the run was interrupted."""
+    """The rows of a run, each step once, however often the run was interrupted.
+
+    Process 0 reads and writes them; the others keep what they are given to themselves.
+    """
 
     def __init__(self, workdir: WorkDir, *, step: int, tensorboard: bool):
         """Go on after `step`: later rows, of steps that will be run again, go."""
+        self._path, self._events, self.rows = workdir.metrics, None, []
+        if not processes.is_first():
+            return
         self.rows = [row for row in read_rows(workdir.metrics) if row["step"] <= step]
         lines = "".join(json.dumps(row) + "\n" for row in self.rows)
         write_atomically(workdir.metrics, lines.encode())
-        self._path = workdir.metrics
         self._events = Events(workdir.tensorboard, step) if tensorboard else None
 
     def write(self, *, step: int, split: str, **values: Any) -> None:
         """Write one row; the columns that are not given are null."""
         row = dict.fromkeys(COLUMNS) | {"step": step, "split": split} | values
         self.rows.append(row)
+        if not processes.is_first():
+            return
         with writing(self._path), open(self._path, "a") as file:
             file.write(json.dumps(row) + "\n")
         if self._events:
@@ -65,7 +73,8 @@ class MetricsLog:
 
     def plot(self, path: Path, floor: Floor | None = None, unit: str = "byte") -> None:
         """Draw the loss curve, in bits by the unit; `floor` is a line to be below."""
-        plot_curve(self.rows, path, floor, unit)
+        if processes.is_first():
+            plot_curve(self.rows, path, floor, unit)
 
     def close(self) -> None:
         """Close what is open."""
@@ -162,6 +171,23 @@ def first_not_finite(model: Any, good_gradients: list[bool]) -> str:
     return "every parameter and gradient is finite, but what follows from them is not"
 
 
+def draw_rows(
+    axes: Axes,
+    rows: list[dict[str, Any]],
+    name: str = "",
+    colors: tuple[str, str] = ("#9ab8d8", "#c0392b"),
+) -> None:
+    """Draw bits against steps, training and validation, each in its color."""
+    thin, marked = {"linewidth": 1}, {"linewidth": 1.5, "marker": "o", "markersize": 4}
+    for split, color, style in zip(
+        ("train", "validation"), colors, (thin, marked), strict=True
+    ):
+        points = [(r["step"], r["bits_per_byte"]) for r in rows if r["split"] == split]
+        if points:
+            label = f"{name} {split}".strip()
+            axes.plot(*np.array(points).T, label=label, color=color, **style)
+
+
 def plot_curve(
     rows: list[dict[str, Any]], path: Path, floor: Floor | None, unit: str
 ) -> None:
@@ -169,13 +195,7 @@ def plot_curve(
     # Not by pyplot, which needs a screen or takes a notebook's own away.
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for split, style in (
-        ("train", {"color": "#9ab8d8", "linewidth": 1}),
-        ("validation", {"color": "#c0392b", "linewidth": 1.5, "marker": "o"}),
-    ):
-        points = [(r["step"], r["bits_per_byte"]) for r in rows if r["split"] == split]
-        if points:
-            axes.plot(*np.array(points).T, label=split, markersize=4, **style)
+    draw_rows(axes, rows)
     if floor:
         axes.axhline(floor.bits, color="#7f8c8d", linestyle="--", linewidth=1)
         axes.annotate(

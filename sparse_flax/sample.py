@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from sparse_flax import processes
 from sparse_flax.data import sources
 from sparse_flax.errors import UserError
 from sparse_flax.generate import generate
@@ -141,7 +142,8 @@ def write(config: ConfigDict, given: Given, sampled: list[bytes], folder: Path) 
 
 def _write(prompts: list[bytes], sampled: list[bytes], path: Path) -> str:
     whole = [prompt + text for prompt, text in zip(prompts, sampled, strict=True)]
-    write_atomically(path, BETWEEN.join(whole))
+    if processes.is_first():
+        write_atomically(path, BETWEEN.join(whole))
     pieces = ["--- prompt ---", shown(prompts[0])]
     for text in sampled:
         pieces += ["--- continued ---", shown(text)]

@@ -5,6 +5,7 @@ Of a run, also while it trains.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,14 @@ import jax
 from ml_collections import ConfigDict
 
 from sparse_flax import config as config_lib
-from sparse_flax import exported, sample, sample_audio, sample_images, state
+from sparse_flax import (
+    exported,
+    processes,
+    sample,
+    sample_audio,
+    sample_images,
+    state,
+)
 from sparse_flax.checkpoint import Checkpointer
 from sparse_flax.config_checks import finalize
 from sparse_flax.errors import UserError
@@ -74,7 +82,10 @@ class SampleRun:
         self.model_config = config_lib.model_config(self.config)
         check(self.config)
         self.kind = KINDS[self.config.data.kind]
-        self.given = self.kind.given(self.config, self.model_config.context)
+        with processes.first_before_the_rest():
+            self.given = self.kind.given(self.config, self.model_config.context)
+        digest = hashlib.sha256(b"".join(self.given.prompts)).hexdigest()
+        processes.same_everywhere(digest, "other prompts")
         self.stop = StopRequest()
         mesh = self.config.mesh
         self.mesh = make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
@@ -117,6 +128,8 @@ class SampleRun:
             self.say(f"stopped by {self.stop.signal}")
             if not any(sampled):  # what an earlier call wrote is worth more
                 return
+        if not processes.is_first():
+            return
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         self.say(self.kind.write(self.config, self.given, sampled, self.folder))

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -36,7 +37,7 @@ def make_mesh(
 ) -> Mesh:
     """Make the mesh from the first data * fsdp * tensor devices, by default of all.
 
-    Raises UserError if there are fewer devices.
+    Raises UserError if there are fewer devices, or if a process would have none.
     """
     sizes = (data, fsdp, tensor)
     devices = devices or jax.devices()
@@ -46,6 +47,13 @@ def make_mesh(
             f"mesh.data={data}, mesh.fsdp={fsdp} and mesh.tensor={tensor} need {needed}"
             f" devices, but there are {there}; try mesh.data={there}, and 1 for the "
             "others"
+        )
+    working = {device.process_index for device in devices[:needed]}
+    if len(working) < len({device.process_index for device in devices}):
+        raise UserError(
+            f"mesh.data={data}, mesh.fsdp={fsdp} and mesh.tensor={tensor} leave "
+            f"processes without work, as {needed} of {there} devices are used; try "
+            f"mesh.data={max(there // (fsdp * tensor), 1)}"
         )
     return jax.make_mesh(
         sizes,
@@ -62,11 +70,48 @@ def activation(letters: str) -> P | None:
     return P(*(ACTIVATION_AXES.get(letter) for letter in letters))
 
 
-def put_batch(batch: Any) -> Any:
-    """Place arrays whose first dimension is B on the mesh, if there is one."""
+def put_batch(batch: Any, B: int | None = None) -> Any:
+    """Place arrays whose first dimension is B on the mesh, if there is one.
+
+    Each process places the pieces of its own devices.
+
+    Args:
+      batch: a tree of host arrays.
+      B: rows of the whole batch, where these are the `own_rows` of it alone.
+    """
     if jax.sharding.get_abstract_mesh().empty:
         return jax.tree.map(jnp.asarray, batch)
-    return jax.tree.map(lambda x: jax.device_put(x, batch_sharding()), batch)
+    sharding = batch_sharding()
+    if sharding.is_fully_addressable:
+        return jax.tree.map(lambda x: jax.device_put(x, sharding), batch)
+
+    def place(x: np.ndarray) -> jax.Array:
+        rows = np.arange(len(x)) if B is None else own_rows(B)
+
+        def piece(index: tuple[slice, ...]) -> np.ndarray:
+            wanted = np.arange(B or len(x))[index[0]]
+            return x[np.searchsorted(rows, wanted)][:, *index[1:]]
+
+        shape = B or len(x), *x.shape[1:]
+        return jax.make_array_from_callback(shape, sharding, piece)
+
+    return jax.tree.map(place, batch)
+
+
+def own_rows(B: int) -> np.ndarray:
+    """Return the numbers of the rows of a batch that devices of this process hold.
+
+    Raises UserError if the mesh cannot split the batch.
+    """
+    if B % batch_shards():
+        nearest = max(B // batch_shards(), 1) * batch_shards()
+        raise UserError(
+            f"a batch of {B} rows does not split over the {batch_shards()} devices of "
+            f"mesh.data x mesh.fsdp; try {nearest}"
+        )
+    rows = NamedSharding(jax.sharding.get_mesh(), P(ACTIVATION_AXES["B"]))
+    there = rows.addressable_devices_indices_map((B,)).values()
+    return np.unique(np.concatenate([np.arange(B)[index] for index in there]))
 
 
 def batch_sharding() -> NamedSharding:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType
 from typing import Any
+
+from sparse_flax import processes
 
 
 class StopRequest:
@@ -13,13 +16,24 @@ class StopRequest:
 
     Polled between training steps, evaluation batches and pieces of a sample. A bonus:
     what was saved by `checkpoint.every_steps` is safe in any case.
+
+    With several processes all of them poll equally often, and learn at the same poll of
+    what came to any of them: jax's own handler of SIGTERM, which is the notice of
+    maintenance on TPUs as well, agrees with the others upon one.
     """
 
     def __init__(self) -> None:
         self.signal: str = ""  # the name of the signal that came
         self._former: dict[int, Any] = {}
+        self._polls = 0
 
     def __bool__(self) -> bool:
+        if processes.count() > 1 and not self.signal:
+            from jax.experimental import multihost_utils
+
+            self._polls += 1
+            if multihost_utils.reached_preemption_sync_point(self._polls):
+                self.signal = "SIGTERM"
         return bool(self.signal)
 
     def listen(self) -> None:
@@ -29,6 +43,7 @@ class StopRequest:
         self._former = {
             number: signal.signal(number, self._request)
             for number in (signal.SIGTERM, signal.SIGINT)
+            if number == signal.SIGINT or processes.count() == 1
         }
 
     def ignore(self) -> None:
@@ -38,5 +53,8 @@ class StopRequest:
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         del frame
-        self.signal = signal.Signals(number).name
         self.ignore()
+        if processes.count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)  # whose handler tells the others
+        else:
+            self.signal = signal.Signals(number).name

@@ -11,7 +11,16 @@ from typing import Any, NoReturn
 import jax
 from ml_collections import ConfigDict
 
-from sparse_flax import banner, evaluate, optim, progress, sample, state
+from sparse_flax import (
+    banner,
+    evaluate,
+    optim,
+    processes,
+    progress,
+    sample,
+    state,
+    trained,
+)
 from sparse_flax import config as config_lib
 from sparse_flax.checkpoint import Checkpointer
 from sparse_flax.config_checks import finalize
@@ -21,12 +30,32 @@ from sparse_flax.integrity import fingerprint
 from sparse_flax.metrics import MetricsLog, first_not_finite, train_row
 from sparse_flax.model import SparseTransformer
 from sparse_flax.profiling import Profile
-from sparse_flax.sharding import make_mesh, put_batch
+from sparse_flax.sharding import make_mesh, own_rows, put_batch
 from sparse_flax.stopping import StopRequest
 from sparse_flax.train_step import make_train_step
 from sparse_flax.workdir import WorkDir
 
 Metrics = dict[str, Any]
+
+
+def run(
+    config: ConfigDict, workdir: str, say: Callable[[str], None] = print
+) -> SparseTransformer:
+    """Train, or go on training, and return the weights, off the mesh: for a notebook.
+
+    >>> model = train.run(config, "runs/mine")
+
+    Args:
+      config: not yet finalized; config.eval.weights chooses the weights.
+      workdir: where the run is, or will be.
+      say: called with each line that the user should read.
+
+    Raises:
+      UserError: whatever the user can put right, in a sentence.
+    """
+    trainer = Trainer(config, workdir, say)
+    trainer.run()
+    return trained.off_mesh(trainer.chosen_model())
 
 
 class Trainer:
@@ -56,8 +85,11 @@ class Trainer:
         with contextlib.ExitStack() as opened:
             self.workdir = WorkDir(workdir)
             opened.callback(self.workdir.close)
+            profile = profile if processes.is_first() else 0
             self.profile = Profile(profile, self.workdir.profile, self.clock.pause, say)
-            self.splits = sources.load(data)
+            with processes.first_before_the_rest():
+                self.splits = sources.load(data)
+            processes.same_everywhere(self.splits.fingerprint, "other training data")
             changed = self.workdir.agree(self.config, self.splits)
             self.mesh = make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
             self.checkpoints = Checkpointer(
@@ -77,16 +109,22 @@ class Trainer:
                 )
                 self.saved = self.step if restored else None
                 banner.show(say, self.config, args[0], self.splits, self.saved)
+                batch_size = self.config.train.batch_size
+                rows, self.eval_rows = map(
+                    own_rows, (batch_size, self.config.eval.batch_size)
+                )
             self.first, self.batch = self.step, None
             self.stream = batches.train_batches(
                 self.splits.train,
-                batch_size=self.config.train.batch_size,
+                batch_size=batch_size,
                 context=self.model_config.context,
                 seed=self.config.seed,
                 start=self.step,
                 steps=self.config.train.steps,
+                rows=rows,
             )
-            # Now that nothing is left to refuse.
+            # Now that nothing is left to refuse, on any host.
+            processes.wait_for_all()
             self.workdir.save_config(self.config, self.splits)
             self.metrics = MetricsLog(
                 self.workdir, step=self.step, tensorboard=self.config.log.tensorboard
@@ -135,7 +173,7 @@ class Trainer:
                     self.announce(self.checkpoints.poll())
                 if last or self.stop:
                     break
-                self.batch = put_batch(next(self.stream))
+                self.batch = put_batch(next(self.stream), config.train.batch_size)
                 if train_step is None:
                     train_step = self.compile(self.batch)
                     self.clock.start(self.step)
@@ -242,7 +280,8 @@ class Trainer:
             data.size, context, config.max_windows
         )
         row = {"split": split, "weights": config.weights, "windows": windows}
-        if self.stop or self.metrics.find(step=self.step, **row):
+        there = bool(self.metrics.find(step=self.step, **row))
+        if self.stop or processes.from_first(there):
             return
         model = self.chosen_model()
         score = evaluate.bits_per_byte(
@@ -252,6 +291,7 @@ class Trainer:
                 batch_size=config.batch_size,
                 context=context,
                 max_windows=config.max_windows,
+                rows=self.eval_rows,
             ),
             count=-(-windows // config.batch_size),
             stop=self.stop,
@@ -285,13 +325,16 @@ class Trainer:
         text = self.sample()
         if self.stop:
             return False
+        digest = fingerprint(self.state.model)
+        if not processes.is_first():
+            return True
         self.metrics.plot(self.workdir.curve, self.floor, self.unit)
         steps = self.config.train.steps
         past = f", past train.steps={steps:,}" if self.step > steps else ""
         self.say(f"finished at step {self.step:,}{past}")
         banner.show_result(self.say, self.metrics.rows, self.floor, self.unit)
         banner.show_files(self.say, self.workdir, self.step, text)
-        self.say(f"parameters fingerprint: {fingerprint(self.state.model)}")
+        self.say(f"parameters fingerprint: {digest}")
         return True
 
     def sample(self) -> str:

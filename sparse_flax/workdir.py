@@ -19,18 +19,23 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from sparse_flax import __version__
+from sparse_flax import __version__, processes
 from sparse_flax import config as config_lib
 from sparse_flax.data.bytes import Splits
 from sparse_flax.errors import UserError
 
 FORMAT = "sparse_flax run"
+TOKEN = "seen-by-all"  # lies there for a moment at the start of several processes
+SEEN_WITHIN = 10  # seconds
 
 
 class RunFolder:
@@ -86,19 +91,37 @@ class RunFolder:
 
 
 class WorkDir(RunFolder):
-    """A folder that belongs to one run, and to one process at a time."""
+    """A folder that belongs to one run, and to one job at a time.
+
+    Of several processes the first holds the lock and writes; all others see its files.
+    """
 
     def __init__(self, path: Path | str):
         """Make or enter the folder.
 
         Raises:
-          UserError: it cannot be written to, holds something else, or is in use.
+          UserError: it cannot be written to, holds something else, is in use, or is
+            another folder on another host.
         """
-        self.path = _local(path)
+        self.path, self._lock = _local(path), None
+        try:
+            with processes.first_before_the_rest():
+                if processes.is_first():
+                    self._enter(path)
+            self._find_on_every_host(path)
+        except UserError:
+            self.close()
+            raise
+
+    def _enter(self, path: Path | str) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             entries = {entry.name for entry in self.path.iterdir()}
-            entries -= {"lock", "config.json.new"}  # what a start may leave behind
+            entries -= {
+                "lock",
+                "config.json.new",
+                TOKEN,
+            }  # what a start may leave behind
             if entries and "config.json" not in entries:
                 raise UserError(
                     f"--workdir={path} holds {len(entries)} entries, such as "
@@ -122,12 +145,35 @@ class WorkDir(RunFolder):
         except OSError:
             pass  # a file system without locks
 
+    def _find_on_every_host(self, path: Path | str) -> None:
+        """Raise UserError on all hosts if one does not see what the first writes."""
+        if processes.count() == 1:
+            return
+        file = self.path / TOKEN
+        token = secrets.token_hex(16)
+        if processes.is_first():
+            file.write_text(token)
+        host, token = processes.from_first([socket.gethostname(), token])
+        there = _shows(file, token)
+        answers = processes.gather([socket.gethostname(), there])
+        if processes.is_first():
+            file.unlink(missing_ok=True)
+        if blind := [name for name, there in answers if not there]:
+            raise UserError(
+                f"--workdir={path} on {blind[0]} is not the folder that {host} writes "
+                "to, and each host writes its part of a checkpoint; name a folder on "
+                "a file system that all hosts share"
+            )
+
     def close(self) -> None:
-        """Let another process in."""
-        self._lock.close()
+        """Let another job in."""
+        if self._lock:
+            self._lock.close()
 
     def save_config(self, config: ConfigDict, splits: Splits) -> None:
         """Write down what the next run has to agree with."""
+        if not processes.is_first():
+            return
         record = {
             "format": FORMAT,
             "version": __version__,
@@ -137,6 +183,20 @@ class WorkDir(RunFolder):
         write_atomically(
             self.path / "config.json", json.dumps(record, indent=2).encode() + b"\n"
         )
+
+
+def _shows(file: Path, content: str) -> bool:
+    """Whether a file has this content, or soon: network file systems take a while."""
+    until = time.monotonic() + SEEN_WITHIN
+    while True:
+        try:
+            if file.read_text() == content:
+                return True
+        except OSError:
+            pass
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.1)
 
 
 def identity(splits: Splits) -> dict[str, Any]:

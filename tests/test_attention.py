@@ -185,6 +185,17 @@ def test_parts_count_the_pairs_of_the_mask(pattern):
             np.testing.assert_array_equal(mask, same)
 
 
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_keys_are_the_rows_of_the_mask(pattern):
+    mask_THT = np.stack([pattern.mask(50, head) for head in range(9)], axis=1)
+    for i, head in itertools.product(range(50), range(9)):
+        keys = pattern.keys(i, head)
+        assert keys.dtype == np.int64
+        np.testing.assert_array_equal(keys, np.nonzero(mask_THT[i, head])[0])
+    seen = pattern.pairs(10**6) - pattern.pairs(10**6 - 1)
+    assert pattern.keys(10**6 - 1).shape == (seen,)
+
+
 def test_masks_from_the_table():
     T = 30
     i, j = np.indices((T, T))
@@ -345,7 +356,7 @@ def test_shards_compute_alone():
 
 def test_explain():
     told = explain(Strided(128), *[(8, 12288, 8, 64)] * 3, device_kind="TPU v5e")
-    assert told.implementation == "gathered" and told.device_kind == "TPU v5e"
+    assert told.implementation == "tpu" and told.device_kind == "TPU v5e"
     # Band and columns by hand: 128 keys less the start, and (96 - 1) / 2 rows.
     pairs = 12288 * 128 - 128 * 127 // 2 + 128 * 96 * 95 // 2
     assert told.keys_per_query == pairs / 12288

@@ -19,10 +19,11 @@ from sparse_flax.config_checks import finalize
 from sparse_flax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-PRESETS = {"enwik8": ["shared"], "imagenet64": ["302m"]}
-PRESETS |= {"books": ["shared", "short"], "text8": ["shared"]}
-PRESETS |= {"cifar10": ["merged", "laptop"], "images": ["laptop"]}
-PRESETS |= {"music": ["262144", "1048576", "laptop"]}
+PRESETS = {"enwik8": ["shared", "colab"], "imagenet64": ["302m"]}
+PRESETS |= {"books": ["shared", "short", "small"], "text8": ["shared", "colab"]}
+PRESETS |= {"cifar10": ["merged", "laptop", "short", "colab"]}
+PRESETS |= {"images": ["laptop", "small"]}
+PRESETS |= {"music": ["262144", "1048576", "laptop", "short", "small", "colab"]}
 ALL = [
     (path.stem, preset)
     for path in sorted((ROOT / "configs").glob("*.py"))

@@ -297,7 +297,7 @@ def test_shards_call_cudnn_alone():
         ("NVIDIA GeForce RTX 2080 Ti", False),
         ("NVIDIA GeForce GTX 1660", False),
         ("AMD Instinct MI300X", False),
-        ("TPU v5e", False),
+        ("TPU v3", False),
         ("cpu", False),
     ],
 )

@@ -95,10 +95,10 @@ def test_continues_arrays_as_it_does_bytes():
             model.generate(wrong, 1)
 
 
-def test_reads_in_quarters_give_the_same_bytes(monkeypatch):
+def test_reads_in_parts_give_the_same_bytes(monkeypatch):
     model = model_of(PerHead((Strided(4), Fixed(6, 2, rotate=True))))
     expected = generate.generate(model, [b"abc"], 34, seed=1)
-    monkeypatch.setattr(generate, "SMALLEST_QUARTER", 20)
+    monkeypatch.setattr(generate, "SMALLEST_PART", 20)
     monkeypatch.setattr(generate, "BYTES_PER_CALL", 4)
     assert generate.generate(model, [b"abc"], 34, seed=1) == expected
 

@@ -117,7 +117,8 @@ def test_the_shortest_and_the_most(pattern, shape, seed):  # noqa: F811
         a = np.asarray(a, np.float32)
         # A query that sees one key has no gradient: then both are all but 0.
         error = np.linalg.norm(a - b) / max(np.linalg.norm(b), 1.0)
-        assert error < 1e-2, (name, error)
+        # That of one query may nearly cancel, too; what is wrong is off by about 1.
+        assert error < 5e-2, (name, error)
 
 
 def test_cudnn_in_checkpoint_scan_and_vmap():

@@ -72,6 +72,7 @@ def assert_equals_the_reference(run, pattern, args):
         (Columns(1), (1, 130, 1, 1, 64, 64), "bfloat16"),  # long, padded to 192 rows
         (Columns(1), (1, 64, 2, 1, 64, 128), "bfloat16"),  # shared keys
         (Local(96), (1, 128, 1, 1, 64, 64), "bfloat16"),
+        (Local(128), (1, 320, 2, 1, 32, 32), "float16"),
         (Local(130), (1, 192, 1, 1, 32, 32), "bfloat16"),  # ring; narrow heads
         (Strided(4), (1, 64, 2, 1, 128, 128), "bfloat16"),  # packed, two warpgroups
         (Strided(5), (1, 118, 1, 1, 64, 64), "bfloat16"),  # 24 rows, zeros, padding
@@ -289,7 +290,7 @@ def test_other_devices_and_older_versions():
 def test_support_table():
     table = support_table()
     lines = table.split("\n")
-    assert "hopper | cudnn | gathered | reference" in lines[0]
+    assert "hopper | cudnn | tpu | gathered | reference" in lines[0]
     strided = next(line for line in lines if "| `Strided(stride=128)`" in line)
     works = jax.__version_info__ >= hopper.OLDEST_JAX
     assert ("| yes | yes | yes | yes |" in strided) == works

@@ -147,10 +147,10 @@ def collectives(run, *args):
 @pytest.mark.parametrize(
     ("pattern", "kinds"),
     [
-        (Local(4), {"collective-permute"}),
-        (Columns(8), {"all-to-all"}),
-        (Blocks(8), set()),
-        (Summaries(8, 2), {"all-gather", "reduce-scatter"}),
+        (Local(4), ["collective-permute"]),
+        (Columns(8), ["all-to-all"]),
+        (Blocks(8), []),
+        (Summaries(8, 2), ["all-gather", "reduce-scatter"]),
     ],
     ids=str,
 )
@@ -159,9 +159,11 @@ def test_no_more_is_sent_than_the_pattern_needs(pattern, kinds):
     with jax.set_mesh(mesh_of(1, 1, 1, 8)):
         args = spread(inputs((B, T, H, H, K, K)))
         sent = collectives(value_and_gradients(pattern, "gathered"), *args)
-    kept = kinds - {"reduce-scatter"}
+    kept = set(kinds) - {"reduce-scatter"}
     # A CPU's compiler makes two of a reduce-scatter.
-    assert kept <= set(sent) <= kinds | {"all-reduce"} | kept
+    assert (
+        kept <= set(sent) <= {*kinds, *({"all-reduce"} if kinds != list(kept) else ())}
+    )
     shard = B * T // 8 * H * K
     most = {
         "collective-permute": B * 3 * H * K,
@@ -197,9 +199,11 @@ def test_explains_what_is_sent():
 )
 def test_refuses_what_would_cross_devices(pattern, nearest):
     args = inputs((1, 40, 2, 2, 4, 4))[:3]
-    with jax.set_mesh(mesh_of(1, 1, 1, 4)):
-        with pytest.raises(ValueError, match=nearest) as error:
-            sparse_attention(*spread(args), pattern)
+    with (
+        jax.set_mesh(mesh_of(1, 1, 1, 4)),
+        pytest.raises(ValueError, match=nearest) as error,
+    ):
+        sparse_attention(*spread(args), pattern)
     assert "\n" not in str(error.value)
 
 
@@ -290,7 +294,10 @@ def test_hopper_computes_parts(pattern, shares):
         hopper.parts_gradients(q, k, v, *rest, some, scale, interpret=True)
         for some in shares
     ]
-    got = out, *(sum(x.astype(jnp.float32) for x in g) for g in zip(*gradients))
+    got = (
+        out,
+        *(sum(x.astype(jnp.float32) for x in g) for g in zip(*gradients, strict=True)),
+    )
     exact = functools.partial(reference.attend, pattern=pattern, scale=scale)
     want, pull = jax.vjp(exact, *(x.astype(jnp.float32) for x in (q, k, v)))
     for a, b in zip(got, (want, *pull(d_out.astype(jnp.float32))), strict=True):

@@ -1,16 +1,18 @@
 """--mode=sample: what is written follows from checkpoint, prompt and seed alone."""
 
 import jax
+import numpy as np
 import pytest
 from test_eval_run import command, copied, text, trained  # noqa: F401, fixtures
 from test_train import compile_once as compile_once  # an autouse fixture
 from test_train import listing, tiny
 
-from sparse_flax import export_run, exported
+from sparse_flax import export_run, exported, train
 from sparse_flax.errors import UserError
 from sparse_flax.eval_run import EvalRun
 from sparse_flax.sample import BETWEEN
 from sparse_flax.sample_run import SampleRun
+from sparse_flax.trained import load
 from sparse_flax.workdir import WorkDir
 
 
@@ -56,6 +58,26 @@ def test_follows_the_model_as_far_as_it_is_told(copied, text, tmp_path):  # noqa
         assert step == 12
         (row,) = model.generate([b"the "], 20, top_k=1)
         assert row.tobytes() == first[0][4:]
+
+
+def test_a_notebook_gets_the_weights_of_a_run(copied, text, tmp_path):  # noqa: F811
+    """Off the mesh: outside of one they work."""
+    model, config = load(str(copied), say=(lines := []).append)
+    assert lines == [f"checkpoint         12 (ema weights) of {copied}"]
+    assert config.train.steps == 12
+    written, _ = sampled(copied, options(text, top_k=1))
+    (row,) = model.generate([b"the "], 20, top_k=1)
+    assert row.tobytes() == written[0][4:]
+    # To go on with a run that is finished is to have its weights.
+    same = train.run(tiny(text, eval__sample_bytes=0), str(copied), say=lambda x: None)
+    earlier, _ = load(str(copied), 4, say=lines.append)
+    leaves = [jax.tree.leaves(x) for x in (model, same, earlier)]
+    assert all(map(np.array_equal, leaves[0], leaves[1]))
+    assert not all(map(np.array_equal, leaves[0], leaves[2]))
+    with pytest.raises(UserError, match=r"checkpoint_step=5 is not in .* try 4"):
+        load(str(copied), 5)
+    with pytest.raises(UserError, match="holds no run"):
+        load(str(tmp_path / "none"))
 
 
 def test_what_cannot_be_is_a_sentence(copied, text):  # noqa: F811

@@ -19,6 +19,9 @@ This package imports nothing else of sparse_flax, and no flax.
     gathered.py    implementation: blocks and views in plain XLA, any device
     cudnn.py       implementation: calls of cuDNN, NVIDIA GPUs from Ampere on
     cudnn_calls.py what cuDNN computes, through what jax keeps private
+    pieces.py      what cudnn and tpu share: pieces of a union, merged backward too
+    tpu.py         implementation: splash attention and einsums, TPUs from v4 on
+    splash_calls.py what splash computes, through what jax keeps private
     hopper/        implementation: kernels for NVIDIA's H100 and H200
 """
 

@@ -12,10 +12,9 @@ computed, up to cuDNN's own tiles and to padding of the last block.
     Summaries  no mask, on log2(R) levels of a tree of blocks (`_level`)
     Self       plain JAX
 
-Backward, every piece gets the merged (out, log-sum-exp) and the gradients add up:
-exact, since a probability of the union is exp(logit - lse of the union) in each.
-Reverse mode only. cuDNN adds up dq in no fixed order, so gradients may differ in the
-last bits from run to run. bfloat16 and float16, with softmax and sums in float32.
+The backward pass is that of pieces.py. Reverse mode only. cuDNN adds up dq in no fixed
+order, so gradients may differ in the last bits from run to run. bfloat16 and float16,
+with softmax and sums in float32.
 
 Run on Hopper alone (tests/test_gpu_cudnn.py); on other GPUs compiled, never run.
 """
@@ -24,23 +23,22 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
-from sparse_flax.attention import heads, parts, union
+from sparse_flax.attention import heads, parts, pieces
 from sparse_flax.attention.cudnn_calls import (
     CUDNN,
     OLDEST_JAX,
     SELF,
     TOO_NEW_JAX,
-    Core,
 )
 from sparse_flax.attention.layouts import attend_by, fit, refusal, up
 from sparse_flax.attention.parts import Part
 from sparse_flax.attention.patterns import Pattern
+from sparse_flax.attention.pieces import Core, Fold
 
 # Of a CUDA grid along its second and third axis; assumed to be where cuDNN puts them.
 MOST_BLOCKS = 65535
@@ -78,6 +76,7 @@ def supports(pattern: Pattern, q: Any, k: Any, v: Any) -> str | None:
 
 def supports_parts(some_parts: Sequence[Part], q: Any, k: Any, v: Any) -> str | None:
     """Do as `supports`, for parts."""
+    del k
     if not OLDEST_JAX <= jax.__version_info__ < TOO_NEW_JAX:
         oldest, too_new = (".".join(map(str, x)) for x in (OLDEST_JAX, TOO_NEW_JAX))
         return (
@@ -108,8 +107,6 @@ def _too_many(part: Part, B: int, T: int, H: int) -> str | None:
 
 
 # ---- Pieces ------------------------------------------------------------------------
-
-Fold = Callable[[jax.Array], jax.Array]
 
 
 class Piece(NamedTuple):
@@ -203,9 +200,10 @@ def attend(
     """Return out_BTHV in v's dtype; another `core` runs it on a CPU, for tests."""
 
     def run(q, k, v, head):
-        args = _of_one_width(q, k, v)
         what = Union(pattern.parts(head), scale, core)
-        return attend_by(_forward, _backward, what, *args)[..., : v.shape[3]]
+        args = _of_one_width(q, k, v)
+        out = attend_by(pieces.forward, pieces.backward, what, *args)
+        return out[..., : v.shape[3]]
 
     return heads.by_period(run, q_BTHK, k_BTHK, v_BTHV, pattern.head_period)
 
@@ -213,19 +211,18 @@ def attend(
 def attend_parts(q_BTHK, k_BTHK, v_BTHV, some_parts, scale, core: Core = CUDNN):
     """Return (out_BTHV, lse_BTH) over the union of disjoint parts."""
     args = _of_one_width(q_BTHK, k_BTHK, v_BTHV)
-    out, lse = _forward(Union(tuple(some_parts), scale, core), *args)
+    out, lse = pieces.forward(Union(tuple(some_parts), scale, core), *args)
     return out[..., : v_BTHV.shape[3]], lse
 
 
 def parts_gradients(
-    q_BTHK, k_BTHK, v_BTHV, out, lse, d_out, some_parts, scale, core: Core = CUDNN
+    q_BTHK, k_BTHK, v_BTHV, out, lse_BTH, d_out, some_parts, scale, core: Core = CUDNN
 ):
-    """Return (dq, dk, dv); out and lse may be of a union with other parts."""
+    """Return (dq, dk, dv); out and lse_BTH may be of a union with other parts."""
     args = _of_one_width(q_BTHK, k_BTHK, v_BTHV)
-    width = args[0].shape[3]
-    out, d_out = (fit(x, width, 3) for x in (out, d_out))
+    out, d_out = (fit(x, args[0].shape[3], 3) for x in (out, d_out))
     what = Union(tuple(some_parts), scale, core)
-    gradients = _backward(what, *args, out, lse, d_out)
+    gradients = pieces.backward(what, *args, out, lse_BTH, d_out)
     widths = (x.shape[3] for x in (q_BTHK, k_BTHK, v_BTHV))
     return tuple(x[..., :n] for x, n in zip(gradients, widths, strict=True))
 
@@ -237,36 +234,3 @@ def _of_one_width(q, k, v) -> list[jax.Array]:
     """
     width = up(max(q.shape[3], v.shape[3]), 8)
     return [fit(x, width, 3) for x in (q, k, v)]
-
-
-def _forward(what: Union, q, k, v):
-    """Return (out_BTHW, lse_BTH) of the union."""
-    done = []
-    for piece, core, args in what.calls(q):
-        # Folds are linear and only move numbers, so their transpose unfolds.
-        folded, unfold = jax.vjp(piece.fold_q, q)
-        out, lse = core.forward(folded, piece.fold_kv(k), piece.fold_kv(v), *args)
-        done.append((unfold(out)[0].astype(jnp.float32), _unfold_lse(piece, q, lse)))
-    out, lse = union.merge_all(done)
-    return out.astype(v.dtype), lse
-
-
-def _unfold_lse(piece: Piece, q, lse):
-    """Put lse at its queries and -inf at those that the piece leaves out."""
-    _, unfold = jax.vjp(piece.fold_q, q[..., :1].astype(jnp.float32))
-    lse, seen = (unfold(x[..., None])[0][..., 0] for x in (lse, jnp.ones_like(lse)))
-    return jnp.where(seen > 0, lse, -jnp.inf)
-
-
-def _backward(what: Union, q, k, v, out, lse, d_out):
-    """Return (dq, dk, dv), given what `_forward` returned."""
-    total = [0.0, 0.0, 0.0]
-    for piece, core, args in what.calls(q):
-        folds = piece.fold_q, piece.fold_kv, piece.fold_kv
-        folded = [jax.vjp(f, x) for f, x in zip(folds, (q, k, v), strict=True)]
-        lse_piece = piece.fold_q(lse[..., None])[..., 0]
-        rest = piece.fold_q(out), lse_piece, piece.fold_q(d_out)
-        grads = core.backward(*(x for x, _ in folded), *rest, *args)
-        for i, ((x, unfold), grad) in enumerate(zip(folded, grads, strict=True)):
-            total[i] += unfold(grad.astype(x.dtype))[0].astype(jnp.float32)
-    return tuple(x.astype(q.dtype) for x in total)

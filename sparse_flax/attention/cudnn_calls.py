@@ -3,32 +3,22 @@
 `jax.nn.dot_product_attention` rounds the log-sum-exp to q's dtype and takes none for
 the backward pass, so the primitives below it are called. Nothing else of the package
 knows about them.
+
+forward(q, k, v, scale, causal, window) -> (out, lse)
+backward(q, k, v, out, lse, d_out, scale, causal, window) -> (dq, dk, dv)
+causal: query i sees keys j <= i; of these with a window the last `window`.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from sparse_flax.attention import gathered, parts
 from sparse_flax.attention.layouts import sum_groups
+from sparse_flax.attention.pieces import Core
 
 OLDEST_JAX, TOO_NEW_JAX = (0, 10, 2), (0, 13)  # tests/test_cudnn.py lowers the calls
-
-
-class Core(NamedTuple):
-    """Attention of q [B, Q, H, W] over k and v [B, S, H_kv, W].
-
-    forward(q, k, v, scale, causal, window) -> (out [B, Q, H, W], lse [B, Q, H])
-    backward(q, k, v, out, lse, d_out, scale, causal, window) -> (dq, dk, dv)
-    causal: query i sees keys j <= i; of these with a window the last `window`.
-    """
-
-    forward: Callable[..., tuple[jax.Array, jax.Array]]
-    backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
 
 
 def _bind(which: str, args, scale, causal, window, **more):

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from sparse_flax.attention import cudnn, gathered, hopper, parallel, reference
+from sparse_flax.attention import cudnn, gathered, hopper, parallel, reference, tpu
 from sparse_flax.attention.patterns import Pattern
 
 # Fastest first: where none is named, the first that runs on the device and supports
@@ -24,6 +24,7 @@ from sparse_flax.attention.patterns import Pattern
 IMPLEMENTATIONS: dict[str, ModuleType] = {
     "hopper": hopper,
     "cudnn": cudnn,
+    "tpu": tpu,
     "gathered": gathered,
     "reference": reference,
 }
@@ -50,8 +51,9 @@ def sparse_attention(
       pattern: who sees whom. Patterns belong to query heads by global index.
       scale: multiplies q.k; 1/sqrt(K) by default.
       implementation: 'hopper' (kernels for an H100 or H200, reverse mode only),
-        'cudnn' (NVIDIA GPUs from Ampere on, reverse mode only), 'gathered' (any
-        device, differentiable to any order) or 'reference' (dense, float32). None
+        'cudnn' (NVIDIA GPUs from Ampere on, reverse mode only), 'tpu' (TPUs from v4
+        on, reverse mode only), 'gathered' (any device, differentiable to any order)
+        or 'reference' (dense, float32). None
         picks the fastest that supports the call on the device it is traced for: the
         mesh's, else the default one. One named here is used or refused, never
         replaced.
@@ -88,7 +90,11 @@ def sparse_attention(
         )
     if layout.mesh is not None:
         attend = jax.shard_map(
-            attend, in_specs=(layout.spec,) * 3, out_specs=layout.spec
+            attend,
+            in_specs=(layout.spec,) * 3,
+            out_specs=layout.spec,
+            # Splash's results do not say over which axes they vary.
+            check_vma=choice.name != "tpu",
         )
     return attend(q_BTHK, k_BTHK, v_BTHV)
 
@@ -278,7 +284,7 @@ class _Layout:
     """How arrays (B, T, H, ..) lie on a mesh; on none if `mesh` is None."""
 
     mesh: Any = None
-    spec: P = P(None, None, None, None)
+    spec: P = dataclasses.field(default_factory=lambda: P(None, None, None, None))
 
     def devices(self, dimension: int) -> int:
         """Over how many devices a dimension is spread."""

@@ -164,7 +164,7 @@ def _walk(q, k, v, allowed: Allowed, scale, most_rows: int = LOGITS):
     starts = rows * jnp.arange(steps)
     out, lse = jax.lax.map(jax.checkpoint(chunk, prevent_cse=False), (starts, chunks))
     out, lse = (jnp.moveaxis(x, 0, 1) for x in (out, lse))
-    return (x.reshape(B, steps * rows, *x.shape[3:])[:, :T] for x in (out, lse))
+    return tuple(x.reshape(B, steps * rows, *x.shape[3:])[:, :T] for x in (out, lse))
 
 
 def _attend_rows(q, k, v, mask, scale):

@@ -213,7 +213,7 @@ class Before(Share):
     def fetch_kv(self, x_BTHK: jax.Array) -> tuple[jax.Array, ...]:
         """Gather once, and cut out the keys of each level."""
         x = self.summary.fold_kv(x_BTHK) if self.summary else x_BTHK
-        B, S, H, K = x.shape
+        S = x.shape[1]
         x = jax.lax.all_gather(x, self.axis.name, axis=1, tiled=True)
         place, found = self.axis.place(), []
         for half in self._levels():
@@ -274,7 +274,7 @@ def refusal(pattern: Pattern, tokens: int, devices: int) -> str | None:
             if size < tokens and each % size:
                 what = "stride" if name == "stride" else "block"
                 divisors = [d for d in range(1, each + 1) if each % d == 0]
-                nearest = min(divisors, key=lambda d: (abs(d - size), d))  # noqa: B023
+                nearest = min(divisors, key=lambda d: (abs(d - size), d))
                 return (
                     f"{pattern} over {devices} devices with {each} tokens each: "
                     f"{what}s of {size} would cross devices; try {nearest}"
@@ -403,7 +403,9 @@ def _backward(plan: Plan, q, k, v, out, lse, d_out):
             gradients.append(made)
         dq, dk, dv = zip(*gradients, strict=True)
         given = back_q(functools.reduce(jnp.add, dq)), back_k(dk), back_v(dv)
-        total = [a + b.astype(jnp.float32) for a, (b,) in zip(total, given, strict=True)]
+        total = [
+            a + b.astype(jnp.float32) for a, (b,) in zip(total, given, strict=True)
+        ]
     return tuple(x.astype(q.dtype) for x in total)
 
 

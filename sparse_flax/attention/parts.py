@@ -27,6 +27,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # ---- Cores: what a backend computes ------------------------------------------------
 
@@ -91,6 +92,10 @@ class Part:
         """Count the (query, key) pairs of one head over T tokens."""
         raise NotImplementedError
 
+    def keys(self, i: int) -> np.ndarray:
+        """Return the keys that query i sees, ascending: int [S], in O(S)."""
+        raise NotImplementedError
+
 
 @dataclasses.dataclass(frozen=True)
 class All(Part):
@@ -101,6 +106,10 @@ class All(Part):
     def pairs(self, T: int) -> int:
         """T (T + 1) / 2."""
         return _triangle(T)
+
+    def keys(self, i: int) -> np.ndarray:
+        """0 to i."""
+        return np.arange(i + 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +126,10 @@ class Band(Part):
     def pairs(self, T: int) -> int:
         """`width` a query, less what the start of the sequence cuts off."""
         return _triangle(T) - _triangle(max(T - self.width, 0))
+
+    def keys(self, i: int) -> np.ndarray:
+        """The last `width` up to i."""
+        return np.arange(max(i + 1 - self.width, 0), i + 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +165,10 @@ class Columns(Part):
         earlier = self.stride * _triangle(rows - 1) + rest * rows
         return earlier + (0 if self.strict else T)
 
+    def keys(self, i: int) -> np.ndarray:
+        """Every `stride` from the row's first place in the column."""
+        return np.arange(i % self.stride, i if self.strict else i + 1, self.stride)
+
 
 @dataclasses.dataclass(frozen=True)
 class OwnBlock(Part):
@@ -177,6 +194,10 @@ class OwnBlock(Part):
         """A triangle a block."""
         blocks, rest = divmod(T, self.size)
         return blocks * _triangle(self.size) + _triangle(rest)
+
+    def keys(self, i: int) -> np.ndarray:
+        """From the start of the block."""
+        return np.arange(i // self.size * self.size, i + 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,6 +229,12 @@ class Summaries(Part):
         blocks, rest = divmod(T, self.size)
         return self.width * (self.size * _triangle(blocks - 1) + rest * blocks)
 
+    def keys(self, i: int) -> np.ndarray:
+        """A slice of each block before the query's."""
+        first = self.size - (self.offset + 1) * self.width
+        starts = np.arange(i // self.size)[:, None] * self.size + first
+        return (starts + np.arange(self.width)).reshape(-1)
+
 
 @dataclasses.dataclass(frozen=True)
 class Self(Part):
@@ -218,6 +245,10 @@ class Self(Part):
     def pairs(self, T: int) -> int:
         """One a query."""
         return T
+
+    def keys(self, i: int) -> np.ndarray:
+        """The query's own alone."""
+        return np.array([i])
 
 
 @dataclasses.dataclass(frozen=True)

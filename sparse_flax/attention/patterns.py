@@ -45,6 +45,10 @@ class Pattern:
         """Count the (query, key) pairs of one head, without building the mask."""
         return sum(part.pairs(T) for part in self.parts(head))
 
+    def keys(self, i: int, head: int = 0) -> np.ndarray:
+        """Return the keys that query i sees, ascending: int [S], in O(S)."""
+        return np.sort(np.concatenate([part.keys(i) for part in self.parts(head)]))
+
     def picture(self, T: int = 32, head: int = 0) -> str:
         """Draw the mask: a line a query, `#` a key that it sees.
 

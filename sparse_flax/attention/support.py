@@ -44,7 +44,7 @@ def support_table() -> str:
     """Return a Markdown table: which implementation takes which call, and why not.
 
     Devices are left out: 'hopper' needs an H100 or H200, 'cudnn' an NVIDIA GPU from
-    Ampere on, the others run anywhere.
+    Ampere on, 'tpu' a TPU from v4 on, the others run anywhere.
     """
     head = ["pattern", "B, T, H (key heads), K, V", "dtype", *IMPLEMENTATIONS]
     rows, notes = [], []

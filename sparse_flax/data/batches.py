@@ -1,7 +1,7 @@
 """Batches as a pure function of (seed, step), so that a resumed run repeats nothing.
 
-Every process makes the whole batch; it costs microseconds, and which part of it a
-device gets is then a matter of sharding alone.
+Of several processes each reads, of every batch, the rows that its own devices hold.
+Where the windows lie follows from the seed, whoever asks.
 """
 
 import functools
@@ -23,7 +23,14 @@ class RandomWindows:
     """
 
     def __init__(
-        self, data: np.ndarray, *, batch_size: int, context: int, seed: int, steps: int
+        self,
+        data: np.ndarray,
+        *,
+        batch_size: int,
+        context: int,
+        seed: int,
+        steps: int,
+        rows: np.ndarray | None = None,
     ):
         """Describe the batches; nothing is read yet.
 
@@ -33,6 +40,7 @@ class RandomWindows:
           context: T, bytes in a window.
           seed: in [0, 2**64); another seed gives other batches.
           steps: the number of batches.
+          rows: which rows of each batch to make; by default all.
 
         Raises:
           UserError: the data is shorter than one window, or the seed is out of range.
@@ -53,6 +61,7 @@ class RandomWindows:
         self._data, self._context = data.reshape(-1), context
         self._batch_size, self._seed, self._steps = batch_size, seed, steps
         streams = data.ndim == 1
+        self._rows = np.arange(batch_size) if rows is None else rows
         self._windows = max(1, data.size // context - 1) if streams else len(data)
 
     def __len__(self) -> int:
@@ -60,15 +69,15 @@ class RandomWindows:
         return self._steps
 
     def __getitem__(self, step: int) -> np.ndarray:
-        """Return batch number `step`: uint8 [B, T]."""
+        """Return batch number `step`, or its chosen rows: uint8 [B, T]."""
         slack = self._data.size - self._windows * self._context  # 0 of images
-        batch_BT = np.empty((self._batch_size, self._context), np.uint8)
-        for row in range(self._batch_size):
-            window = int(step) * self._batch_size + row
+        batch_BT = np.empty((len(self._rows), self._context), np.uint8)
+        for place, row in enumerate(self._rows):
+            window = int(step) * self._batch_size + int(row)
             epoch, position = divmod(window, self._windows)
             offset, order = _epoch(self._seed, epoch, self._windows, slack)
             start = offset + int(order[position]) * self._context
-            batch_BT[row] = self._data[start : start + self._context]
+            batch_BT[place] = self._data[start : start + self._context]
         return batch_BT
 
 
@@ -107,6 +116,7 @@ def train_batches(
     seed: int,
     start: int,
     steps: int,
+    rows: np.ndarray | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yield batches start, ..., steps - 1, as `inputs_and_targets` gives them.
 
@@ -114,7 +124,12 @@ def train_batches(
     `RandomWindows`.
     """
     source = RandomWindows(
-        data, batch_size=batch_size, context=context, seed=seed, steps=steps
+        data,
+        batch_size=batch_size,
+        context=context,
+        seed=seed,
+        steps=steps,
+        rows=rows,
     )
     if start >= steps:
         return iter(())
@@ -152,6 +167,7 @@ def evaluation_batches(
     context: int,
     max_windows: int = 0,
     min_context: int = 0,
+    rows: np.ndarray | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yield windows that score every byte of the data exactly once.
 
@@ -170,6 +186,7 @@ def evaluation_batches(
         full ones, spread evenly over the data, always the same. The first is then
         scored like the others, as it would weigh too much.
       min_context: M, below T.
+      rows: which rows of each batch to read, by default all; the others are zeros.
 
     Yields:
       What `inputs_and_targets` gives, and weights_BT: float32 [B, T], 1 for a byte to
@@ -182,6 +199,7 @@ def evaluation_batches(
         weights_BT = np.zeros((batch_size, context), np.float32)
         for row, window in enumerate(windows[first : first + batch_size]):
             begins = first + row == 0 and len(windows) == whole
-            windows_BT[row, : window.size] = window
+            if rows is None or row in rows:
+                windows_BT[row, : window.size] = window
             weights_BT[row, 0 if begins else min_context : window.size] = 1
         yield inputs_and_targets(windows_BT) | {"weights_BT": weights_BT}

@@ -18,6 +18,7 @@ from sparse_flax.attention import parts
 from sparse_flax.attention.hopper import (
     band,
     band_ring,
+    band_walk,
     columns,
     columns_backward,
     long_columns,
@@ -112,9 +113,7 @@ def parts_gradients(
     """Return (dq, dk, dv); out and lse_BTH may be of a union with other parts."""
     q, back_q = jax.vjp(lambda q: positive(scale, q)[1], q_BTHK)
     scale = positive(scale, q)[0]
-    halves = Halves.of(
-        some_parts, q.shape[1], scale=scale, interpret=interpret
-    )
+    halves = Halves.of(some_parts, q.shape[1], scale=scale, interpret=interpret)
     args = _widened(q, k_BTHK, v_BTHV)
     out, d_out = (fit(x, args[2].shape[3], 3) for x in (out, d_out))
     lse = lse_BTH.swapaxes(1, 2)
@@ -187,7 +186,9 @@ def _backward(halves: Halves, q, k, v, out, lse, d_out):
         into = [_unfold(x, T, H) for x in into]
     else:
         delta = _delta(out, d_out)
-    if window:
+    if window and not stride and band_walk.supports(window, q.shape[3], v.shape[3]):
+        into = _walk_backward(halves, q, k, v, out, lse, d_out, delta)
+    elif window:
         padded = up(T, tiles.M)
         args = [fit(x, padded, 1) for x in (q, k, v, d_out)]
         args += [fit(x, padded, 2) for x in (lse, delta)]
@@ -197,6 +198,19 @@ def _backward(halves: Halves, q, k, v, out, lse, d_out):
         into = backward(*args, halves.scale, reach, into=into, **run)
     dq, dk, dv = (x[:, :T] for x in into)
     return dq, sum_groups(dk, k.shape[2]), sum_groups(dv, k.shape[2])
+
+
+def _walk_backward(halves: Halves, q, k, v, out, lse, d_out, delta):
+    padded = up(q.shape[1], tiles.M)
+    args = [fit(x, padded, 1) for x in (q, k, v, d_out)]
+    args += [fit(x, padded, 2) for x in (lse, delta)]
+    if band_walk.makes_delta(q.shape[3], v.shape[3]):
+        args[-1] = None
+    return band_walk.backward(
+        *(*args, halves.scale, halves.window),
+        out_BTHV=fit(out, padded, 1),
+        interpret=halves.interpret,
+    )
 
 
 def _column_fits(q_BRCK, k_BRCK, v_BRCV) -> bool:
