@@ -1,6 +1,9 @@
-"""Draw the README's figure of time against T from benchmarks/results/attention.json.
+"""Draw the README's figures.
 
-python benchmarks/figures.py           # writes docs/attention_growth.png
+python benchmarks/figures.py           # writes into docs/
+
+    patterns.png           who sees whom
+    attention_growth.png   time against T, from benchmarks/results/attention.json
 """
 
 from __future__ import annotations
@@ -9,11 +12,56 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the package, also where it is not installed
+
+from sparse_flax.attention import (  # noqa: E402
+    Blocks,
+    Columns,
+    Dense,
+    Fixed,
+    Local,
+    PerHead,
+    Strided,
+    Summaries,
+)
+from sparse_flax.visualize.mask_figure import (  # noqa: E402
+    draw_mask,
+    in_two_steps,
+    share_of_past,
+)
+
 RESULTS = ROOT / "benchmarks" / "results" / "attention.json"
-FIGURE = ROOT / "docs" / "attention_growth.png"
+DOCS = ROOT / "docs"
+PATTERNS = {
+    "Dense()": Dense(),
+    "Local(8)": Local(8),
+    "Columns(8)": Columns(8),
+    "Strided(8)": Strided(8),
+    "Blocks(8)": Blocks(8),
+    "Summaries(8, 2)": Summaries(8, 2),
+    "Fixed(8, 2)": Fixed(8, 2),
+    "PerHead((Local(8),\nColumns(8)))": PerHead((Local(8), Columns(8))),
+}
+
+
+def patterns(tokens: int = 32) -> Figure:
+    """Every pattern's mask, of all its heads, and what two layers of it reach."""
+    figure = Figure(figsize=(14, 2.4), layout="constrained")
+    panels = figure.subplots(1, len(PATTERNS))
+    for axes, (name, pattern) in zip(panels, PATTERNS.items(), strict=True):
+        heads = range(pattern.head_period)
+        mask = np.any([pattern.mask(tokens, head) for head in heads], axis=0)
+        reached = in_two_steps(mask, mask)
+        draw_mask(axes, mask, name if "\n" in name else f"\n{name}", reached)
+        axes.set_xlabel(
+            f"{share_of_past(mask):.0%}, in two {share_of_past(reached):.0%}",
+            fontsize=8,
+        )
+    return figure
 
 
 def growth(result: dict) -> Figure:
@@ -51,12 +99,17 @@ def growth(result: dict) -> Figure:
 
 
 def main() -> None:
+    _write(patterns(), "patterns.png")
     if not RESULTS.exists() or "growth" not in (
         result := json.loads(RESULTS.read_text())
     ):
         sys.exit(f"{RESULTS} has no growth; run benchmarks/attention.py first")
-    growth(result["growth"]).savefig(FIGURE, dpi=100)
-    print(f"wrote {FIGURE}")
+    _write(growth(result["growth"]), "attention_growth.png")
+
+
+def _write(figure: Figure, name: str) -> None:
+    figure.savefig(DOCS / name, dpi=100)
+    print(f"wrote {DOCS / name}")
 
 
 if __name__ == "__main__":

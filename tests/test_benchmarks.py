@@ -6,6 +6,7 @@ import shlex
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from benchmarks import (
@@ -16,7 +17,8 @@ from benchmarks import (
     sampling,
     tables,
 )
-from sparse_flax.attention import Dense, Local
+from sparse_flax import attention as public
+from sparse_flax.attention import Columns, Dense, Local, Pattern
 
 
 def test_attention_rows_go_on_and_make_a_table(monkeypatch, tmp_path, capsys):
@@ -193,6 +195,17 @@ def test_growth_table_and_figure():
         [9.0],
         [3.0],
     ]
+
+
+def test_the_figure_of_patterns_has_all_of_them():
+    named = [getattr(public, name) for name in public.__all__]
+    kinds = {x for x in named if isinstance(x, type) and issubclass(x, Pattern)}
+    assert {type(p) for p in figures.PATTERNS.values()} == kinds - {Pattern}
+    panels = dict(zip(figures.PATTERNS, figures.patterns(16).axes, strict=True))
+    assert panels["Local(8)"].get_xlabel() == "74%, in two 99%"
+    shown = np.asarray(panels["Columns(8)"].images[0].get_array())
+    np.testing.assert_array_equal(shown == 3, Columns(8).mask(16))
+    assert not (shown == 2).any()
 
 
 def test_crossover_is_the_first_t_from_which_on_it_is_faster():

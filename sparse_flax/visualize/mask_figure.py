@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
@@ -68,7 +69,7 @@ def masks(
         place = f"layer {n} of the cycle: " if len(cycle) > 1 else ""
         for head in range(shown[n]):
             title = _title(pattern, head, heads or counts[n], tokens)
-            _draw(grid[n, head], _states(layers[n][head]), title)
+            draw_mask(grid[n, head], layers[n][head], title)
         grid[n, 0].set_axis_on()
         left = counts[n] - shown[n]
         beside = f" ({left} more heads differ)" if left else ""
@@ -78,11 +79,20 @@ def masks(
         grid[n, 0].set_xlabel("key", fontsize=8)
         if two_steps:
             below = any_head[n - 1]  # for the first of the cycle, the last
-            reached = (any_head[n].astype(np.float32) @ below) > 0
-            share = reached.sum() / (tokens * (tokens + 1) / 2)
-            title = f"in two layers\n{share:.0%} of the past"
-            _draw(grid[n, -1], _states(any_head[n], reached), title)
+            reached = in_two_steps(any_head[n], below)
+            title = f"in two layers\n{share_of_past(reached):.0%} of the past"
+            draw_mask(grid[n, -1], any_head[n], title, reached)
     return figure
+
+
+def in_two_steps(mask: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """Return what a layer of one mask learns of through a layer below of another."""
+    return (mask.astype(np.float32) @ below) > 0
+
+
+def share_of_past(mask: np.ndarray) -> float:
+    """Return how much of all pairs of a query and a key not after it a mask holds."""
+    return mask.sum() / np.tri(len(mask)).sum()
 
 
 def as_cycle(patterns: str | Pattern | Sequence[Pattern]) -> tuple[Pattern, ...]:
@@ -118,21 +128,20 @@ def _longest(pattern: Pattern) -> int:
     return max((v for v in values if not isinstance(v, bool)), default=8)
 
 
-def _states(mask: np.ndarray, reached: np.ndarray | None = None) -> np.ndarray:
+def draw_mask(
+    axes: Axes, mask: np.ndarray, title: str, reached: np.ndarray | None = None
+) -> None:
+    """Draw a mask, bool [T, T], dark, and light what is reached besides, if given."""
     states = np.where(mask, ONE_STEP, NOT)
     if reached is not None:
         states = np.where(reached & ~mask, TWO_STEPS, states)
-    return np.where(np.tri(len(mask), dtype=bool), states, FUTURE)
-
-
-def _draw(axes, states: np.ndarray, title: str) -> None:
     axes.set_axis_on()
     axes.imshow(
-        states,
+        np.where(np.tri(len(mask), dtype=bool), states, FUTURE),
         cmap=ListedColormap(COLORS),
         vmin=0,
         vmax=len(COLORS) - 1,
-        interpolation="nearest" if len(states) <= 256 else "auto",
+        interpolation="nearest" if len(mask) <= 256 else "auto",
     )
     axes.set_title(title, fontsize=8)
     axes.set(xticks=[], yticks=[])
