@@ -215,6 +215,8 @@ class Before(Share):
         x = self.summary.fold_kv(x_BTHK) if self.summary else x_BTHK
         S = x.shape[1]
         x = jax.lax.all_gather(x, self.axis.name, axis=1, tiled=True)
+        # Or XLA for TPUs gathers again in every turn of a loop over queries.
+        x = jax.lax.optimization_barrier(x)
         place, found = self.axis.place(), []
         for half in self._levels():
             first = place // (2 * half) * (2 * half) * S
