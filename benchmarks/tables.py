@@ -241,6 +241,51 @@ def sampling_table(result: dict) -> str:
     return f"{_markdown(lines)}\n\n{_on(result)}"
 
 
+def context_bytes_table(result: dict) -> str:
+    """A line a pattern: what a device receives, beside ring attention."""
+    lines = [["pattern", "collectives", "MB", "ring attention / this"]]
+    for row in result["rows"]:
+        kinds = ", ".join(f"{n} {kind}" for kind, (n, _) in row["sent"].items())
+        less = result["ring_bytes"] / row["bytes"] if row["bytes"] else 0
+        lines.append(
+            [
+                f"`{row['pattern']}`",
+                kinds or "none",
+                f"{row['bytes'] / 1e6:,.1f}",
+                f"{less:,.1f}" if less else "",
+            ]
+        )
+    (B, T, H, K), n = result["shape_BTHK"], result["devices"]
+    note = (
+        f"One layer's attention, forward and backward, {B} x {T:,} tokens, {H} heads "
+        f"of {K}, bfloat16, over {n} devices; MB a device. Ring attention moves "
+        f"{result['ring_bytes'] / 1e6:,.0f} MB, by arithmetic, whatever the pattern."
+    )
+    return f"{_markdown(lines)}\n\n{note} {_on(result)}"
+
+
+def scaling_table(result: dict) -> str:
+    """A line a mesh, beside one device."""
+    head = "model, batch x tokens, mesh, tokens/s, times one device, loss differs by"
+    lines = [head.split(", ")]
+    for row in result["rows"]:
+        lines.append(
+            [
+                f"{row['model']}, `{row['pattern']}`",
+                f"{row['batch_size']} x {row['context']:,}",
+                row["mesh"],
+                f"{row['tokens_per_s']:,.0f}",
+                f"{row['times']:.2f}" if row["times"] else "",
+                f"{row['loss_error']:.1e}" if row["times"] else "",
+            ]
+        )
+    note = (
+        "Medians of ten steps; the loss is that of the fourth step from one start on "
+        "one batch (data: each device has a copy of it, so the rows are twice as many)."
+    )
+    return f"{_markdown(lines)}\n\n{note} {_on(result)}"
+
+
 def _on(result: dict) -> str:
     versions = result["versions"]
     if not isinstance(versions, str):
@@ -273,6 +318,10 @@ def tables() -> dict[str, str]:
         made["sampling"] = sampling_table(result)
     if result := _result("topologies"):
         made["topologies"] = topologies_table(result)
+    if result := _result("context_bytes"):
+        made["context_bytes"] = context_bytes_table(result)
+    if result := _result("scaling"):
+        made["scaling"] = scaling_table(result)
     return made
 
 

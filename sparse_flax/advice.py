@@ -102,8 +102,8 @@ def _beyond(config: ConfigDict, flags: Changes, needs: Compiled, limit: float) -
             )
     return (
         f"{begin}; of these, {gib(rest)} are activations and attention, which more "
-        "devices along mesh.fsdp do not divide; a smaller model.context or model.width "
-        "or a larger device is needed"
+        "devices along mesh.fsdp do not divide, but along mesh.context do; those, a "
+        "smaller model.context or model.width or a larger device are needed"
     )
 
 

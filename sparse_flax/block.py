@@ -206,7 +206,10 @@ def _dropout(x_BTD: jax.Array, rate: float, keys_B: jax.Array | None) -> jax.Arr
     if keys_B is None or rate == 0:
         return x_BTD
     _, T, D = x_BTD.shape
-    draw = functools.partial(jax.random.bits, shape=(T, -(-D // 2)))
+    # Each device draws its own tokens' bits; which ones they are, no mesh changes.
+    draw = functools.partial(
+        jax.random.bits, shape=(T, -(-D // 2)), out_sharding=activation("TD")
+    )
     # Or XLA computes both halves of a number from the start.
     bits = jax.lax.optimization_barrier(jax.vmap(draw)(keys_B))
     bits_BTD = jax.lax.bitcast_convert_type(bits, jnp.uint16)

@@ -120,6 +120,7 @@ def defaults() -> ConfigDict:
                 "data": 1,
                 "fsdp": 1,
                 "tensor": 1,
+                "context": 1,
             },
         }
     )
@@ -198,6 +199,7 @@ def explain_attention(
         for width in (K, K, V)
     )
     kwargs = {"device_kind": device_kind, "implementation": m.implementation}
+    kwargs["token_devices"] = config.mesh.context
     try:
         return [
             attention.explain(pattern, q, k, v, **kwargs)

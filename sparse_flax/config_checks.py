@@ -7,6 +7,7 @@ import math
 from ml_collections import ConfigDict
 
 from sparse_flax import attention
+from sparse_flax.attention import parallel
 from sparse_flax.config import defaults, flatten
 from sparse_flax.data.bytes import NAMES
 from sparse_flax.data.prepared import PREFIX
@@ -96,6 +97,7 @@ AT_LEAST_1 = [
     "mesh.data",
     "mesh.fsdp",
     "mesh.tensor",
+    "mesh.context",
 ]
 AT_LEAST_0 = [
     "seed",
@@ -267,6 +269,7 @@ def _stride(pattern: attention.Pattern, context: int) -> int:
 def _check_mesh(config: ConfigDict) -> None:
     # Last in each row: whose next multiple to try. Heads divide the width, too.
     data, fsdp, tensor = config.mesh.data, config.mesh.fsdp, config.mesh.tensor
+    spread = config.mesh.context
     copies, width_unit = data * fsdp, math.lcm(fsdp, config.model.heads)
     for name, value, by, devices, unit in (
         (
@@ -280,6 +283,7 @@ def _check_mesh(config: ConfigDict) -> None:
         ("model.width", config.model.width, "fsdp", fsdp, width_unit),
         ("model.heads", config.model.heads, "tensor", tensor, tensor),
         ("model.feed_forward", config.model.feed_forward, "tensor", tensor, tensor),
+        ("model.context", config.model.context, "context", spread, spread),
     ):
         if value % devices:
             raise UserError(
@@ -303,3 +307,6 @@ def _check_mesh(config: ConfigDict) -> None:
             f"model.patterns repeats after {period}; try "
             f"mesh.tensor={max(fewer, default=1)}"
         )
+    for pattern in attention.parse(config.model.patterns):
+        if why := parallel.refusal(pattern, config.model.context, spread):
+            raise UserError(f"model.patterns: {why}, or mesh.context=1")

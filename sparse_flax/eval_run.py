@@ -67,7 +67,7 @@ class EvalRun:
                 say(f"changed since the run: {change}")
         self.data = getattr(self.splits, options.split)
         self.unit = evaluate.UNITS[data.kind]
-        self.mesh = make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
+        self.mesh = make_mesh(**mesh)
         self.checkpoints = Checkpointer(self.folder.checkpoints, say=say)
         size, context = self.data.size, self.model_config.context
         self.cut = {

@@ -19,7 +19,7 @@ import numpy as np
 from sparse_flax.decoder import decoder, prefill, step
 from sparse_flax.model import START, SparseTransformer
 from sparse_flax.progress import duration
-from sparse_flax.sharding import batch_shards, whole
+from sparse_flax.sharding import batch_shards, whole, whole_sequences
 
 BYTES_PER_CALL = 64  # between two looks at the clock and for a request to stop
 
@@ -32,6 +32,7 @@ SMALLEST_PART = 1024
 MANY_ROWS = 16
 
 
+@whole_sequences()
 def generate(
     model: SparseTransformer,
     prompts: Sequence[bytes],

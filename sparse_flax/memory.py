@@ -95,7 +95,7 @@ def compile_step(config: ConfigDict, devices: list[jax.Device]) -> Compiled:
     key = jax.random.key(1)  # before the mesh, whose devices may be described only
     with jax.set_mesh(make_mesh(*sizes, devices=devices)):
         shape = config.train.batch_size, config.model.context
-        tokens_BT = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding())
+        tokens_BT = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(2))
         batch = {"inputs_BT": tokens_BT, "targets_BT": tokens_BT}
         step = make_train_step(config, key)
         lowered = step.lower(abstract_state(config), batch)
@@ -153,9 +153,10 @@ def layer_shapes(config: ConfigDict) -> list[jax.ShapeDtypeStruct]:
     m, mesh = config.model, config.mesh
     rows = config.train.batch_size // config.train.accumulate
     B, H = rows // (mesh.data * mesh.fsdp), m.heads // mesh.tensor
+    T = m.context // mesh.context
     K, V = m.qk_width // m.heads, m.width // m.heads
     return [
-        jax.ShapeDtypeStruct((B, m.context, H, width), jnp.dtype(m.dtype))
+        jax.ShapeDtypeStruct((B, T, H, width), jnp.dtype(m.dtype))
         for width in (K, K, V)
     ]
 

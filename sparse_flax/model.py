@@ -199,6 +199,8 @@ class SparseTransformer(nnx.Module):
         )
         position_TD = self._positions(T - 1).astype(dtype)
         position_TD = jnp.pad(position_TD, [(1, 0), (0, 0)])
+        if activation("TD") is not None:
+            position_TD = jax.sharding.reshard(position_TD, activation("TD"))
         start_D = self.start_D[...].astype(dtype)
         is_start_BT1 = (inputs_BT == START)[..., None]
         return jnp.where(is_start_BT1, start_D, x_BTD + position_TD)

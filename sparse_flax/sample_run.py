@@ -88,7 +88,7 @@ class SampleRun:
         processes.same_everywhere(digest, "other prompts")
         self.stop = StopRequest()
         mesh = self.config.mesh
-        self.mesh = make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
+        self.mesh = make_mesh(**mesh)
         with jax.set_mesh(self.mesh):
             config_lib.explain_attention(self.config)  # or refuse
 

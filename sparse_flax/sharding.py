@@ -6,15 +6,20 @@ an error that prints both, never a silent copy. A mesh is always set, if only of
 device; outside of one (a notebook, a model of your own) every layout here is None and
 the same code runs unsharded.
 
-    data    copies of the model, each with its own rows of the batch
-    fsdp    as data, but each device keeps only a slice of every parameter
-    tensor  heads and feed-forward columns, each on its own device
+    data     copies of the model, each with its own rows of the batch
+    fsdp     as data, but each device keeps only a slice of every parameter
+    tensor   heads and feed-forward columns, each on its own device
+    context  neighbouring tokens of a sequence (attention/parallel.py says what they
+             send each other); where bytes are sampled, rows of the batch instead
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import math
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -25,35 +30,58 @@ from jax.sharding import PartitionSpec as P
 
 from sparse_flax.errors import UserError
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "tensor", "context")
 
 # The table. A letter that is not here is on every device.
-ACTIVATION_AXES = {"B": ("data", "fsdp"), "H": "tensor", "F": "tensor"}
+ACTIVATION_AXES = {
+    "B": ("data", "fsdp"),
+    "T": "context",
+    "H": "tensor",
+    "F": "tensor",
+}
+SAMPLING_AXES = ACTIVATION_AXES | {"B": ("data", "fsdp", "context"), "T": None}
 PARAMETER_AXES = {"D": "fsdp", "H": "tensor", "F": "tensor"}
 
 
+_axes = contextvars.ContextVar("axes", default=ACTIVATION_AXES)
+
+
+@contextlib.contextmanager
+def whole_sequences() -> Iterator[None]:
+    """Lay activations out with all tokens of a row on a device, as for sampling."""
+    token = _axes.set(SAMPLING_AXES)
+    try:
+        yield
+    finally:
+        _axes.reset(token)
+
+
 def make_mesh(
-    data: int = 1, fsdp: int = 1, tensor: int = 1, devices: list | None = None
+    data: int = 1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    context: int = 1,
+    devices: list | None = None,
 ) -> Mesh:
-    """Make the mesh from the first data * fsdp * tensor devices, by default of all.
+    """Make the mesh from the first of some devices, by default of all.
 
     Raises UserError if there are fewer devices, or if a process would have none.
     """
-    sizes = (data, fsdp, tensor)
+    sizes = (data, fsdp, tensor, context)
+    named = [f"mesh.{axis}={n}" for axis, n in zip(MESH_AXES, sizes, strict=True)]
+    said = f"{', '.join(named[:-1])} and {named[-1]}"
     devices = devices or jax.devices()
     needed, there = math.prod(sizes), len(devices)
     if needed > there:
         raise UserError(
-            f"mesh.data={data}, mesh.fsdp={fsdp} and mesh.tensor={tensor} need {needed}"
-            f" devices, but there are {there}; try mesh.data={there}, and 1 for the "
-            "others"
+            f"{said} need {needed} devices, but there are {there}; try "
+            f"mesh.data={there}, and 1 for the others"
         )
     working = {device.process_index for device in devices[:needed]}
     if len(working) < len({device.process_index for device in devices}):
         raise UserError(
-            f"mesh.data={data}, mesh.fsdp={fsdp} and mesh.tensor={tensor} leave "
-            f"processes without work, as {needed} of {there} devices are used; try "
-            f"mesh.data={max(there // (fsdp * tensor), 1)}"
+            f"{said} leave processes without work, as {needed} of {there} devices are "
+            f"used; try mesh.data={max(there * data // needed, 1)}"
         )
     return jax.make_mesh(
         sizes,
@@ -67,11 +95,12 @@ def activation(letters: str) -> P | None:
     """Return the layout of an activation, such as 'BTHK'; None without a mesh."""
     if jax.sharding.get_abstract_mesh().empty:
         return None
-    return P(*(ACTIVATION_AXES.get(letter) for letter in letters))
+    axes = _axes.get()
+    return P(*(axes.get(letter) for letter in letters))
 
 
 def put_batch(batch: Any, B: int | None = None) -> Any:
-    """Place arrays whose first dimension is B on the mesh, if there is one.
+    """Place arrays [B] or [B, T] on the mesh, if there is one.
 
     Each process places the pieces of its own devices.
 
@@ -81,9 +110,10 @@ def put_batch(batch: Any, B: int | None = None) -> Any:
     """
     if jax.sharding.get_abstract_mesh().empty:
         return jax.tree.map(jnp.asarray, batch)
-    sharding = batch_sharding()
-    if sharding.is_fully_addressable:
-        return jax.tree.map(lambda x: jax.device_put(x, sharding), batch)
+    if batch_sharding(1).is_fully_addressable:
+        return jax.tree.map(
+            lambda x: jax.device_put(x, batch_sharding(np.ndim(x))), batch
+        )
 
     def place(x: np.ndarray) -> jax.Array:
         rows = np.arange(len(x)) if B is None else own_rows(B)
@@ -93,7 +123,7 @@ def put_batch(batch: Any, B: int | None = None) -> Any:
             return x[np.searchsorted(rows, wanted)][:, *index[1:]]
 
         shape = B or len(x), *x.shape[1:]
-        return jax.make_array_from_callback(shape, sharding, piece)
+        return jax.make_array_from_callback(shape, batch_sharding(x.ndim), piece)
 
     return jax.tree.map(place, batch)
 
@@ -109,14 +139,13 @@ def own_rows(B: int) -> np.ndarray:
             f"a batch of {B} rows does not split over the {batch_shards()} devices of "
             f"mesh.data x mesh.fsdp; try {nearest}"
         )
-    rows = NamedSharding(jax.sharding.get_mesh(), P(ACTIVATION_AXES["B"]))
-    there = rows.addressable_devices_indices_map((B,)).values()
+    there = batch_sharding(1).addressable_devices_indices_map((B,)).values()
     return np.unique(np.concatenate([np.arange(B)[index] for index in there]))
 
 
-def batch_sharding() -> NamedSharding:
-    """Return how the mesh holds an array whose first dimension is B."""
-    return NamedSharding(jax.sharding.get_mesh(), P(ACTIVATION_AXES["B"]))
+def batch_sharding(dimensions: int) -> NamedSharding:
+    """Return how the mesh holds an array [B] or [B, T]."""
+    return NamedSharding(jax.sharding.get_mesh(), activation("BT"[:dimensions]))
 
 
 def batch_rows(B: int) -> jax.Array:
@@ -124,7 +153,7 @@ def batch_rows(B: int) -> jax.Array:
     rows_B = jnp.arange(B)
     if jax.sharding.get_abstract_mesh().empty:
         return rows_B
-    return jax.sharding.reshard(rows_B, P(ACTIVATION_AXES["B"]))
+    return jax.sharding.reshard(rows_B, activation("B"))
 
 
 def split_batch(batch: Any, parts: int) -> Any:
@@ -136,7 +165,8 @@ def split_batch(batch: Any, parts: int) -> Any:
 
     def split(x: jax.Array) -> jax.Array:
         # Said, because a single row a micro-batch leaves it open which dimension it is.
-        rows = P(ACTIVATION_AXES["B"], *(None,) * x.ndim) if on_mesh else None
+        rows, *rest = activation("BT"[: x.ndim]) if on_mesh else (None,)
+        rows = P(rows, None, *rest) if on_mesh else None
         shape = x.shape[0] // parts, parts, *x.shape[1:]
         return jnp.swapaxes(jnp.reshape(x, shape, out_sharding=rows), 0, 1)
 
@@ -146,7 +176,7 @@ def split_batch(batch: Any, parts: int) -> Any:
 def batch_shards() -> int:
     """Return over how many pieces the mesh splits a batch; 1 without a mesh."""
     shape = jax.sharding.get_abstract_mesh().shape
-    return math.prod(shape.get(axis, 1) for axis in ACTIVATION_AXES["B"])
+    return math.prod(shape.get(axis, 1) for axis in _axes.get()["B"])
 
 
 def whole(x: jax.Array) -> jax.Array:

@@ -91,7 +91,7 @@ class Trainer:
                 self.splits = sources.load(data)
             processes.same_everywhere(self.splits.fingerprint, "other training data")
             changed = self.workdir.agree(self.config, self.splits)
-            self.mesh = make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
+            self.mesh = make_mesh(**mesh)
             self.checkpoints = Checkpointer(
                 self.workdir.checkpoints, keep=self.config.checkpoint.keep, say=say
             )

@@ -157,6 +157,7 @@ NUMBERS = [
     ("mesh.data", 0),
     ("mesh.fsdp", -1),
     ("mesh.tensor", 0),
+    ("mesh.context", 0),
     ("seed", -1),
     ("model.qk_width", -1),
     ("model.feed_forward", -1),
@@ -210,6 +211,7 @@ FITS = [
     ("model.width", 12, {"mesh.fsdp": 8, "model.heads": 6}),
     ("model.heads", 3, {"mesh.tensor": 2, "model.width": 12}),
     ("model.feed_forward", 101, {"mesh.tensor": 4}),
+    ("model.context", 1001, {"mesh.context": 4}),
     ("mesh.tensor", 4, {"model.patterns": "Fixed(8, 4, rotate=True)"}),
     (
         "mesh.tensor",
@@ -258,6 +260,12 @@ def test_a_choice_that_does_not_exist_gets_a_list_of_those_that_do(
         finalize(changed(**{f"model__{name}": choice}))
     assert "'ema', 'raw'" in refused(changed(eval__weights="best"))
     assert "'test', 'validation'" in refused(changed(eval__split="train"))
+
+
+def test_blocks_that_would_cross_devices_get_a_sentence():
+    sentence = refused(changed(model__patterns="Strided(768)", mesh__context=2))
+    assert "strides of 768 would cross devices; try 512, or mesh.context=1" in sentence
+    finalize(changed(model__patterns="Strided(512)", mesh__context=2))
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,14 @@ from sparse_flax.sharding import (
     make_mesh,
     parameter_shardings,
     put_batch,
+    whole_sequences,
 )
 from sparse_flax.train_step import make_train_step
 
-MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 4, 2)]
+MESHES = [
+    *((1, 1, 1, 1), (8, 1, 1, 1), (2, 2, 2, 1), (1, 4, 2, 1)),
+    *((1, 1, 1, 4), (2, 1, 2, 2), (1, 2, 1, 4), (1, 1, 2, 4)),
+]
 
 
 def configuration(patterns="PerHead((Strided(4), Fixed(4, 2, rotate=True)))"):
@@ -44,7 +48,7 @@ def configuration(patterns="PerHead((Strided(4), Fixed(4, 2, rotate=True)))"):
 @pytest.mark.slow
 def test_micro_batches_and_no_loop_on_a_mesh_give_the_same_step():
     scores = {}
-    for sizes, parts in (((1, 1, 1), 1), ((2, 2, 2), 2)):
+    for sizes, parts in (((1, 1, 1), 1), ((2, 1, 2, 2), 2)):
         config = configuration("Local(4)")
         config.unlock()
         config.train.accumulate = parts
@@ -115,7 +119,7 @@ def test_training_keeps_every_piece_in_its_place_and_compiles_once():
     config = configuration("Local(4)")
     optimizer = optim.make_optimizer(config.optim)
     args = config_lib.model_config(config), optimizer, jax.random.key(0)
-    with jax.set_mesh(make_mesh(2, 2, 2)):
+    with jax.set_mesh(make_mesh(1, 2, 2, 2)):
         now = state.create(*args)
         for leaf, promised in zip(
             jax.tree.leaves(now), jax.tree.leaves(state.abstract(*args)), strict=True
@@ -169,14 +173,15 @@ def test_the_table_of_parameters():
     assert expected.items() <= found.items()
 
 
-def test_samples_and_evaluates_on_a_mesh_as_without_one():
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 1, 2, 4)], ids=str)
+def test_samples_and_evaluates_on_a_mesh_as_without_one(sizes):
     def outcomes(model):
         rows = [batch() | {"weights_BT": np.ones((8, 16), np.float32)}]
         score = bits_per_byte(model, rows, count=1, stop=False, say=print)
         return model.generate([b"abc", b"", b"abcdef"], 10, seed=5), score
 
     alone, score = outcomes(noisy_model(model_config()))
-    mesh = make_mesh(2, 2, 2)
+    mesh = make_mesh(*sizes)
     with jax.set_mesh(mesh):
         model = noisy_model(model_config())
         model = jax.device_put(model, parameter_shardings(model, mesh))
@@ -189,9 +194,11 @@ def test_without_a_mesh_nothing_is_laid_out():
     assert activation("BTD") is None
     assert batch_shards() == 1
     with jax.set_mesh(make_mesh(2, 2, 2)):
-        assert activation("BTHK") == P(("data", "fsdp"), None, "tensor", None)
+        assert activation("BTHK") == P(("data", "fsdp"), "context", "tensor", None)
         assert batch_shards() == 4
         rows = put_batch({"x": np.zeros((8, 2))})["x"]
+        with whole_sequences():
+            assert activation("BT") == P(("data", "fsdp", "context"), None)
     assert rows.addressable_shards[0].data.shape == (2, 2)
 
 

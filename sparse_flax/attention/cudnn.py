@@ -68,6 +68,15 @@ def supports(pattern: Pattern, q: Any, k: Any, v: Any) -> str | None:
       pattern: any.
       q, k, v: anything with the shape and dtype of arrays that fit `sparse_attention`.
     """
+    for head in range(min(q.shape[2], pattern.head_period)):
+        if why := supports_parts(pattern.parts(head), q, k, v):
+            return why
+    return None
+
+
+def supports_parts(some_parts: Sequence[Part], q: Any, k: Any, v: Any) -> str | None:
+    """Do as `supports`, for parts."""
+    del k
     if not OLDEST_JAX <= jax.__version_info__ < TOO_NEW_JAX:
         oldest, too_new = (".".join(map(str, x)) for x in (OLDEST_JAX, TOO_NEW_JAX))
         return (
@@ -76,12 +85,11 @@ def supports(pattern: Pattern, q: Any, k: Any, v: Any) -> str | None:
         )
     if why := refusal("cudnn", q, v):
         return why
-    for head in range(min(q.shape[2], pattern.head_period)):
-        for part in pattern.parts(head):
-            if isinstance(part, parts.Summaries) and part.width == 1:
-                return "cudnn takes summaries of 2 tokens or more, not 1; try 2"
-            if why := _too_many(part, *q.shape[:3]):
-                return why
+    for part in some_parts:
+        if isinstance(part, parts.Summaries) and part.width == 1:
+            return "cudnn takes summaries of 2 tokens or more, not 1; try 2"
+        if why := _too_many(part, *q.shape[:3]):
+            return why
     return None
 
 
@@ -124,7 +132,8 @@ def _pieces(some_parts: Sequence[Part], T: int) -> Iterator[Piece]:
             window = 1 if isinstance(part, parts.Self) else part.width
             yield Piece(part.fold_q, part.fold_kv, window=window)
         else:
-            yield Piece(part.fold_q, part.fold_kv)
+            causal = not isinstance(part, parts.Everything)
+            yield Piece(part.fold_q, part.fold_kv, causal=causal)
 
 
 def _shift(part: parts.Columns) -> Piece:
@@ -189,13 +198,39 @@ def attend(
     core: Core = CUDNN,
 ) -> jax.Array:
     """Return out_BTHV in v's dtype; another `core` runs it on a CPU, for tests."""
-    V = v_BTHV.shape[3]
-    # Zeros behind the last column change no product. Ampere wants one width.
-    width = up(max(q_BTHK.shape[3], V), 8)
 
     def run(q, k, v, head):
-        args = (fit(x, width, 3) for x in (q, k, v))
         what = Union(pattern.parts(head), scale, core)
-        return attend_by(pieces.forward, pieces.backward, what, *args)[..., :V]
+        args = _of_one_width(q, k, v)
+        out = attend_by(pieces.forward, pieces.backward, what, *args)
+        return out[..., : v.shape[3]]
 
     return heads.by_period(run, q_BTHK, k_BTHK, v_BTHV, pattern.head_period)
+
+
+def attend_parts(q_BTHK, k_BTHK, v_BTHV, some_parts, scale, core: Core = CUDNN):
+    """Return (out_BTHV, lse_BTH) over the union of disjoint parts."""
+    args = _of_one_width(q_BTHK, k_BTHK, v_BTHV)
+    out, lse = pieces.forward(Union(tuple(some_parts), scale, core), *args)
+    return out[..., : v_BTHV.shape[3]], lse
+
+
+def parts_gradients(
+    q_BTHK, k_BTHK, v_BTHV, out, lse_BTH, d_out, some_parts, scale, core: Core = CUDNN
+):
+    """Return (dq, dk, dv); out and lse_BTH may be of a union with other parts."""
+    args = _of_one_width(q_BTHK, k_BTHK, v_BTHV)
+    out, d_out = (fit(x, args[0].shape[3], 3) for x in (out, d_out))
+    what = Union(tuple(some_parts), scale, core)
+    gradients = pieces.backward(what, *args, out, lse_BTH, d_out)
+    widths = (x.shape[3] for x in (q_BTHK, k_BTHK, v_BTHV))
+    return tuple(x[..., :n] for x, n in zip(gradients, widths, strict=True))
+
+
+def _of_one_width(q, k, v) -> list[jax.Array]:
+    """Widen heads to what cuDNN takes: one width, as Ampere wants it.
+
+    Zeros behind the last column change no product.
+    """
+    width = up(max(q.shape[3], v.shape[3]), 8)
+    return [fit(x, width, 3) for x in (q, k, v)]

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from sparse_flax.attention import cudnn, gathered, hopper, reference, tpu
+from sparse_flax.attention import cudnn, gathered, hopper, parallel, reference, tpu
 from sparse_flax.attention.patterns import Pattern
 
 # Fastest first: where none is named, the first that runs on the device and supports
@@ -66,22 +66,37 @@ def sparse_attention(
 
     Warns once if the device has kernels of its own and they do not support the call.
 
-    Arrays whose types carry a sharding over batch or heads (a mesh with Explicit axes)
-    are computed shard by shard without communication.
+    Arrays whose types carry a sharding (a mesh with Explicit axes) are computed shard
+    by shard: over batch and heads without communication, over tokens with what
+    parallel.py says. Keys and values are laid out as q is.
     """
     _check(q_BTHK, k_BTHK, v_BTHV, pattern)
     scale = float(q_BTHK.shape[-1] ** -0.5 if scale is None else scale)
-    choice = _pick(
-        implementation, target_device_kind(), pattern, q_BTHK, k_BTHK, v_BTHV
-    )
+    layout = _layout(q_BTHK, k_BTHK, pattern)
+    devices = layout.devices(1)
+    args = [layout.shard(x) for x in (q_BTHK, k_BTHK, v_BTHV)]
+    choice = _pick(implementation, target_device_kind(), pattern, *args, devices)
     if choice.passed_over:
         _warn_once(f"{pattern} runs {choice.name}, since {choice.passed_over}")
-    attend = functools.partial(
-        IMPLEMENTATIONS[choice.name].attend, pattern=pattern, scale=scale
-    )
-    # Splash's results do not say over which axes they vary, so jax cannot check it.
-    checks = choice.name != "tpu"
-    return _by_shard(attend, q_BTHK, k_BTHK, v_BTHV, pattern, checks)
+    module = IMPLEMENTATIONS[choice.name]
+    attend = functools.partial(module.attend, pattern=pattern, scale=scale)
+    if devices > 1:
+        attend = functools.partial(
+            parallel.attend,
+            pattern=pattern,
+            scale=scale,
+            axis=layout.spec[1],
+            module=module,
+        )
+    if layout.mesh is not None:
+        attend = jax.shard_map(
+            attend,
+            in_specs=(layout.spec,) * 3,
+            out_specs=layout.spec,
+            # Splash's results do not say over which axes they vary.
+            check_vma=choice.name != "tpu",
+        )
+    return attend(q_BTHK, k_BTHK, v_BTHV)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,9 +112,10 @@ class Explanation:
     flops: int  # forward pass; a multiplication and an addition are two
     backward_flops: int  # of the pairs alone, without any recomputation
     bytes: int  # q, k, v and out, each moved once
+    exchanges: tuple[str, ...] = ()  # what the devices of a sequence send each other
 
     def __str__(self) -> str:
-        """Six lines for a person."""
+        """Six lines for a person, and one an exchange."""
         return "\n".join(
             [
                 f"{self.pattern} on {self.device_kind}",
@@ -109,6 +125,7 @@ class Explanation:
                 f"  forward      {self.flops:,} FLOPs",
                 f"  backward     {self.backward_flops:,} FLOPs",
                 f"  moves        {self.bytes:,} bytes at least (q, k, v, out once)",
+                *(f"  spread       {exchange}" for exchange in self.exchanges),
             ]
         )
 
@@ -121,6 +138,7 @@ def explain(
     *,
     device_kind: str | None = None,
     implementation: str | None = None,
+    token_devices: int = 1,
 ) -> Explanation:
     """Say what `sparse_attention` would run for these arguments, why, and its cost.
 
@@ -130,11 +148,23 @@ def explain(
       device_kind: as `jax.Device.device_kind`; of the mesh or the default device if
         None.
       implementation: as for `sparse_attention`.
+      token_devices: that each sequence is spread over.
+
+    Raises:
+      ValueError: as `sparse_attention`.
     """
     q, k, v = (_as_struct(x) for x in (q, k, v))
     _check(q, k, v, pattern)
     device_kind = device_kind or target_device_kind()
-    choice = _pick(implementation, device_kind, pattern, q, k, v)
+    if why := parallel.refusal(pattern, q.shape[1], token_devices):
+        raise ValueError(why)
+    shard = (
+        jax.ShapeDtypeStruct(
+            (x.shape[0], x.shape[1] // token_devices, *x.shape[2:]), x.dtype
+        )
+        for x in (q, k, v)
+    )
+    choice = _pick(implementation, device_kind, pattern, *shard, token_devices)
     (B, T, H, K), V = q.shape, v.shape[-1]
     period = pattern.head_period
     pairs = B * sum(pattern.pairs(T, head % period) for head in range(H))
@@ -150,6 +180,7 @@ def explain(
         # Five products: the scores again, dP and dV over V, dQ and dK over K.
         backward_flops=2 * (3 * K + 2 * V) * pairs,
         bytes=sum(math.prod(x.shape) * x.dtype.itemsize for x in (q, k, v)) + out_bytes,
+        exchanges=tuple(parallel.says(pattern, T, token_devices)),
     )
 
 
@@ -167,13 +198,21 @@ def _pick(
     q: Any,
     k: Any,
     v: Any,
+    devices: int = 1,
 ) -> _Choice:
+    """Pick for the arrays of one device, of `devices` that hold a sequence."""
+
+    def supports(module: ModuleType) -> str | None:
+        if devices == 1:
+            return module.supports(pattern, q, k, v)
+        return parallel.supports(module, pattern, q, k, v, devices)
+
     if implementation is None:
         passed_over = []
         for name, module in IMPLEMENTATIONS.items():
             if module.runs_on(device_kind):
                 continue
-            why = module.supports(pattern, q, k, v)
+            why = supports(module)
             if not why:
                 sentences = "; ".join(passed_over)
                 reason = "the fastest that supports this call on this device"
@@ -188,7 +227,7 @@ def _pick(
             f"{', '.join(IMPLEMENTATIONS)}; try {near[0]!r} or None"
         )
     module = IMPLEMENTATIONS[implementation]
-    why = module.supports(pattern, q, k, v) or module.runs_on(device_kind)
+    why = supports(module) or module.runs_on(device_kind)
     if why:
         raise ValueError(
             f"implementation={implementation!r}: {why}; or let None pick one"
@@ -240,21 +279,44 @@ def _check(q: Any, k: Any, v: Any, pattern: Pattern) -> None:
         )
 
 
-def _by_shard(attend, q, k, v, pattern: Pattern, check_vma: bool) -> jax.Array:
-    """Call attend on each device's own batch rows and heads."""
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """How arrays (B, T, H, ..) lie on a mesh; on none if `mesh` is None."""
+
+    mesh: Any = None
+    spec: P = dataclasses.field(default_factory=lambda: P(None, None, None, None))
+
+    def devices(self, dimension: int) -> int:
+        """Over how many devices a dimension is spread."""
+        axes = self.spec[dimension] or ()
+        axes = (axes,) if isinstance(axes, str) else axes
+        return math.prod(self.mesh.shape[axis] for axis in axes)
+
+    def shard(self, x: Any) -> jax.ShapeDtypeStruct:
+        """The piece of an array that each device holds."""
+        shape = (
+            size // self.devices(dimension) for dimension, size in enumerate(x.shape)
+        )
+        return jax.ShapeDtypeStruct(tuple(shape), x.dtype)
+
+
+def _layout(q, k, pattern: Pattern) -> _Layout:
+    """Read off how q is sharded, and check that each device can compute its shard."""
     sharding = jax.typeof(q).sharding
     spec = tuple(sharding.spec) + (None,) * (4 - len(sharding.spec))
     if not any(spec):
-        return attend(q, k, v)
+        return _Layout()
     batch, tokens, heads, width = spec
-    if tokens or width:
+    if isinstance(tokens, tuple) and len(tokens) == 1:
+        (tokens,) = tokens
+    if width or isinstance(tokens, tuple):
         raise ValueError(
-            f"q is sharded as {sharding.spec}; only batch and heads may be, so reshard "
-            "tokens and width to None first"
+            f"q is sharded as {sharding.spec}; only batch, heads and, over one mesh "
+            "axis, tokens may be, so reshard the width to None and tokens to one axis "
+            "first"
         )
-    axes = (heads,) if isinstance(heads, str) else tuple(heads or ())
-    shards = math.prod(sharding.mesh.shape[axis] for axis in axes)
-    H, period = q.shape[2], pattern.head_period
+    layout = _Layout(sharding.mesh, P(batch, tokens, heads, None))
+    shards, H, period = layout.devices(2), q.shape[2], pattern.head_period
     # Heads keep their global pattern only if each device starts a new period.
     if shards > 1 and (H % shards or (H // shards) % period or k.shape[2] % shards):
         raise ValueError(
@@ -262,10 +324,9 @@ def _by_shard(attend, q, k, v, pattern: Pattern, check_vma: bool) -> jax.Array:
             f"needs whole key heads and a multiple of {period} query heads (the period "
             f"of {pattern}); shard heads over fewer devices"
         )
-    layout = P(batch, None, heads, None)
-    return jax.shard_map(
-        attend, in_specs=(layout,) * 3, out_specs=layout, check_vma=check_vma
-    )(q, k, v)
+    if why := parallel.refusal(pattern, q.shape[1], layout.devices(1)):
+        raise ValueError(why)
+    return layout
 
 
 def _as_struct(x: Any) -> jax.ShapeDtypeStruct:

@@ -35,6 +35,10 @@ def supports(pattern: Pattern, q: Any, k: Any, v: Any) -> None:
     """Return None: everything."""
 
 
+def supports_parts(some_parts: Sequence[Part], q: Any, k: Any, v: Any) -> None:
+    """Return None: all of them."""
+
+
 def runs_on(device_kind: str) -> None:
     """Return None: everywhere."""
 
@@ -124,11 +128,16 @@ def _diagonal(core: parts.Diagonal, q, k, v, scale):
     return v.astype(jnp.float32), lse * scale
 
 
+def _full(core: parts.Full, q, k, v, scale):
+    return _walk(q, k, v, lambda i: jnp.bool(True), scale, ROWS)
+
+
 CORES = {
     parts.Causal: _causal,
     parts.Window: _window,
     parts.BlockCausal: _block_causal,
     parts.Diagonal: _diagonal,
+    parts.Full: _full,
 }
 
 

@@ -13,6 +13,8 @@ multiply.
     Summaries  j in the slice of an earlier block   BlockCausal, keys (B, T/S*C, H, K)
     Self       j = i                                Diagonal on (B, T, H, K)
 
+Across devices (parallel.py) there is one more, Everything, whose core is Full.
+
 Folds pad T at its end to a multiple of the block. Padded keys lie after every real
 query, so no causal core lets one be seen. Query heads h use key head h // (H/H_kv), in
 the folded view as before it: (s*H + h) // G = s*H_kv + h // G.
@@ -57,7 +59,12 @@ class Diagonal:
     """Query i sees key i alone: out = v_i, log-sum-exp = scale * q_i.k_i."""
 
 
-Core = Causal | Window | BlockCausal | Diagonal
+@dataclasses.dataclass(frozen=True)
+class Full:
+    """Every query sees every key."""
+
+
+Core = Causal | Window | BlockCausal | Diagonal | Full
 
 
 # ---- Parts -------------------------------------------------------------------------
@@ -242,6 +249,16 @@ class Self(Part):
     def keys(self, i: int) -> np.ndarray:
         """The query's own alone."""
         return np.array([i])
+
+
+@dataclasses.dataclass(frozen=True)
+class Everything(Part):
+    """All keys that are given, of which there may be more or fewer than queries.
+
+    In no pattern: what parallel.py makes of keys that other devices hold.
+    """
+
+    core: ClassVar[Core] = Full()
 
 
 def _triangle(n: int) -> int:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -55,7 +55,13 @@ def supports(pattern: Pattern, q: Any, k: Any, v: Any) -> str | None:
       pattern: any.
       q, k, v: anything with the shape and dtype of arrays that fit `sparse_attention`.
     """
-    del k, v
+    del pattern
+    return supports_parts((), q, k, v)
+
+
+def supports_parts(some_parts: Sequence[Part], q: Any, k: Any, v: Any) -> str | None:
+    """Do as `supports`, for parts."""
+    del some_parts, k, v
     if not OLDEST_JAX <= jax.__version_info__ < TOO_NEW_JAX:
         oldest, too_new = (".".join(map(str, x)) for x in (OLDEST_JAX, TOO_NEW_JAX))
         return (
@@ -81,11 +87,24 @@ def attend(
     """Return out_BTHV in v's dtype; `interpret` runs it on a CPU, for tests."""
 
     def run(q, k, v, head):
-        fits = all(NARROWEST_HEAD <= x.shape[3] <= WIDEST_HEAD for x in (q, v))
-        what = Union(pattern.parts(head), scale, fits, interpret)
+        what = Union.of(pattern.parts(head), q, v, scale, interpret)
         return attend_by(pieces.forward, pieces.backward, what, q, k, v)
 
     return heads.by_period(run, q_BTHK, k_BTHK, v_BTHV, pattern.head_period)
+
+
+def attend_parts(q_BTHK, k_BTHK, v_BTHV, some_parts, scale, interpret=False):
+    """Return (out_BTHV, lse_BTH) over the union of disjoint parts."""
+    what = Union.of(some_parts, q_BTHK, v_BTHV, scale, interpret)
+    return pieces.forward(what, q_BTHK, k_BTHK, v_BTHV)
+
+
+def parts_gradients(
+    q_BTHK, k_BTHK, v_BTHV, out, lse_BTH, d_out, some_parts, scale, interpret=False
+):
+    """Return (dq, dk, dv); out and lse_BTH may be of a union with other parts."""
+    what = Union.of(some_parts, q_BTHK, v_BTHV, scale, interpret)
+    return pieces.backward(what, q_BTHK, k_BTHK, v_BTHV, out, lse_BTH, d_out)
 
 
 class Piece(NamedTuple):
@@ -104,6 +123,12 @@ class Union:
     scale: float
     fits: bool  # the width of heads fits splash
     interpret: bool
+
+    @classmethod
+    def of(cls, some_parts: Sequence[Part], q, v, scale, interpret) -> Union:
+        """See whether splash takes heads of these widths."""
+        fits = all(NARROWEST_HEAD <= x.shape[3] <= WIDEST_HEAD for x in (q, v))
+        return cls(tuple(some_parts), scale, fits, interpret)
 
     def calls(self, q) -> Iterator[tuple[pieces.Piece, Core, tuple]]:
         """Each piece with its core and the core's last arguments."""

@@ -28,15 +28,19 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
-from sparse_flax.attention import heads
+from sparse_flax.attention import cudnn, heads, parts
 from sparse_flax.attention.layouts import refusal
+from sparse_flax.attention.parts import Part
 from sparse_flax.attention.patterns import (
     Blocks,
+    Columns,
     Fixed,
+    Local,
     Pattern,
     PerHead,
     Summaries,
@@ -102,6 +106,58 @@ def attend(
         return attend(q, k, v, _of_head(pattern, head), scale, interpret)
 
     return heads.by_period(run, q_BTHK, k_BTHK, v_BTHV, pattern.head_period)
+
+
+def supports_parts(some_parts: Sequence[Part], q: Any, k: Any, v: Any) -> str | None:
+    """Do as `supports`, for parts; cuDNN computes what has no kernels here."""
+    whole = _pattern_of(some_parts)
+    if whole is None:
+        return cudnn.supports_parts(some_parts, q, k, v)
+    return supports(whole, q, k, v)
+
+
+def attend_parts(q_BTHK, k_BTHK, v_BTHV, some_parts, scale, **interpret):
+    """Return (out_BTHV, lse_BTH) over the union of disjoint parts."""
+    from sparse_flax.attention.hopper import fixed, strided
+
+    args = q_BTHK, k_BTHK, v_BTHV
+    whole = _pattern_of(some_parts)
+    if whole is None:
+        return cudnn.attend_parts(*args, some_parts, scale)
+    if _kernels(whole) is fixed:
+        return fixed.attend_pattern(*args, whole, scale, **interpret)
+    return strided.attend_parts(*args, some_parts, scale, **interpret)
+
+
+def parts_gradients(
+    q_BTHK, k_BTHK, v_BTHV, out, lse_BTH, d_out, some_parts, scale, **interpret
+):
+    """Return (dq, dk, dv); out and lse_BTH may be of a union with other parts."""
+    from sparse_flax.attention.hopper import fixed, strided
+
+    args = q_BTHK, k_BTHK, v_BTHV, out, lse_BTH, d_out
+    whole = _pattern_of(some_parts)
+    if whole is None:
+        return cudnn.parts_gradients(*args, some_parts, scale)
+    if _kernels(whole) is fixed:
+        return fixed.pattern_gradients(*args, whole, scale, **interpret)
+    return strided.parts_gradients(*args, some_parts, scale, **interpret)
+
+
+def _pattern_of(some_parts: Sequence[Part]) -> Pattern | None:
+    """The pattern that has kernels for these parts; None if there is none."""
+    match tuple(some_parts):
+        case (parts.Band(width),):
+            return Local(width)
+        case (parts.Columns(stride),):
+            return Columns(stride)
+        case (parts.OwnBlock(size),):
+            return Blocks(size)
+        case (parts.OwnBlock(size), parts.Summaries(size_too, width, offset)):
+            return Fixed(size, width, offset) if size == size_too else None
+        case (parts.Summaries(size, width, offset), parts.Self()):
+            return Summaries(size, width, offset)
+    return None
 
 
 def _kernels(pattern: Pattern):

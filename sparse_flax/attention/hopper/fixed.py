@@ -61,11 +61,35 @@ def attend(
     T, V = q_BTHK.shape[1], v_BTHV.shape[3]
     scale, q_BTHK = positive(scale, q_BTHK)
     plan = FixedPlan.of(pattern, max(q_BTHK.shape[3], V), scale, interpret)
-    # Zeros behind the last column change no product, and no real query sees the keys
-    # behind the last token.
-    T_padded = up(T, math.lcm(plan.walk.block, *plan.query_rows))
-    args = [fit(fit(x, T_padded, 1), plan.width, 3) for x in (q_BTHK, k_BTHK, v_BTHV)]
+    args = (plan.padded(x) for x in (q_BTHK, k_BTHK, v_BTHV))
     return attend_by(_forward, _backward, plan, *args)[:, :T, :, :V]
+
+
+def attend_pattern(q_BTHK, k_BTHK, v_BTHV, pattern, scale, interpret=False):
+    """Return (out_BTHV, lse_BTH)."""
+    T, V = q_BTHK.shape[1], v_BTHV.shape[3]
+    scale, q_BTHK = positive(scale, q_BTHK)
+    plan = FixedPlan.of(pattern, max(q_BTHK.shape[3], V), scale, interpret)
+    out, lse = _forward(plan, *(plan.padded(x) for x in (q_BTHK, k_BTHK, v_BTHV)))
+    return out[:, :T, :, :V], lse.swapaxes(1, 2)[:, :T]
+
+
+def pattern_gradients(
+    q_BTHK, k_BTHK, v_BTHV, out, lse_BTH, d_out, pattern, scale, interpret=False
+):
+    """Return (dq, dk, dv); out and lse_BTH may be of a union with other parts."""
+    q, back_q = jax.vjp(lambda q: positive(scale, q)[1], q_BTHK)
+    scale = positive(scale, q)[0]
+    given = q, k_BTHK, v_BTHV
+    plan = FixedPlan.of(pattern, max(q.shape[3], v_BTHV.shape[3]), scale, interpret)
+    out, d_out = plan.padded(out), plan.padded(d_out)
+    lse = fit(lse_BTH, out.shape[1], 1).swapaxes(1, 2)
+    made = _backward(plan, *(plan.padded(x) for x in given), out, lse, d_out)
+    dq, dk, dv = (
+        x[:, : like.shape[1], :, : like.shape[3]]
+        for x, like in zip(made, given, strict=True)
+    )
+    return *back_q(dq), dk, dv
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +127,15 @@ class FixedPlan:
             forward = Cut(4, 128, 3, 1)
             summaries, blocks = Cut(3, 64, 3, 2), Cut(4, 64, 4, 2)
         return cls(walk, width, scale, interpret, forward, summaries, blocks)
+
+    def padded(self, x_BTHK: jax.Array) -> jax.Array:
+        """Fill up whole tiles.
+
+        Zeros behind the last column change no product, and no real query sees the keys
+        behind the last token.
+        """
+        T = up(x_BTHK.shape[1], math.lcm(self.walk.block, *self.query_rows))
+        return fit(fit(x_BTHK, T, 1), self.width, 3)
 
     @property
     def query_rows(self) -> tuple[int, ...]:

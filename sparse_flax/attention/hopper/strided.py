@@ -46,27 +46,31 @@ WIDEST_RING_WINDOW = 512  # in band_ring.py
 
 @dataclasses.dataclass(frozen=True)
 class Halves:
-    """What is attended to: the last `window` keys, every `stride`-th one, or both."""
+    """What is attended to: the last `window` keys, every `stride`-th one, or both.
+
+    Of every `stride`-th key, `strict` leaves out the query's own.
+    """
 
     window: int | None
     stride: int | None
+    strict: bool = False
     scale: float = 1.0
     interpret: bool = False
 
     @classmethod
     def of(cls, some_parts: Sequence[Part], T: int, **settings) -> Halves | None:
         """Read them off a pattern's parts; None if there are others."""
-        window = stride = None
+        window, stride, strict = None, None, False
         for part in some_parts:
             if isinstance(part, parts.Band):
                 window = min(part.width, T)
             elif isinstance(part, parts.Columns):
-                stride = part.stride
+                stride, strict = part.stride, part.strict
             else:
                 return None
         if window and stride and stride >= T:
             stride = None  # no earlier token is so far away
-        return cls(window, stride, **settings)
+        return cls(window, stride, strict, **settings)
 
 
 def supports(pattern: Pattern, q: Any, k: Any, v: Any) -> str | None:
@@ -85,16 +89,44 @@ def attend(
     interpret: bool = False,
 ) -> jax.Array:
     """Return out_BTHV in v's dtype; the arguments are what `supports` lets pass."""
-    T, K, V = q_BTHK.shape[1], q_BTHK.shape[3], v_BTHV.shape[3]
+    T, V = q_BTHK.shape[1], v_BTHV.shape[3]
     scale, q_BTHK = positive(scale, q_BTHK)
     halves = Halves.of(pattern.parts(), T, scale=scale, interpret=interpret)
-    # Zeros behind the last column of q and k change no product.
-    widths = [tiles.width_of(width) for width in (K, K, V)]
-    args = [
-        fit(x, width, 3)
-        for x, width in zip((q_BTHK, k_BTHK, v_BTHV), widths, strict=True)
-    ]
+    args = _widened(q_BTHK, k_BTHK, v_BTHV)
     return attend_by(_forward, _backward, halves, *args)[..., :V]
+
+
+def attend_parts(q_BTHK, k_BTHK, v_BTHV, some_parts, scale, interpret=False):
+    """Return (out_BTHV, lse_BTH) of a band, of columns or of both."""
+    T, V = q_BTHK.shape[1], v_BTHV.shape[3]
+    scale, q_BTHK = positive(scale, q_BTHK)
+    halves = Halves.of(some_parts, T, scale=scale, interpret=interpret)
+    out, lse = _forward(halves, *_widened(q_BTHK, k_BTHK, v_BTHV))
+    if not halves.window:
+        lse = _by_token(lse, halves.stride, T)
+    return out[..., :V], lse.swapaxes(1, 2)
+
+
+def parts_gradients(
+    q_BTHK, k_BTHK, v_BTHV, out, lse_BTH, d_out, some_parts, scale, interpret=False
+):
+    """Return (dq, dk, dv); out and lse_BTH may be of a union with other parts."""
+    q, back_q = jax.vjp(lambda q: positive(scale, q)[1], q_BTHK)
+    scale = positive(scale, q)[0]
+    halves = Halves.of(some_parts, q.shape[1], scale=scale, interpret=interpret)
+    args = _widened(q, k_BTHK, v_BTHV)
+    out, d_out = (fit(x, args[2].shape[3], 3) for x in (out, d_out))
+    lse = lse_BTH.swapaxes(1, 2)
+    if not halves.window:
+        lse = _by_column(lse, halves.stride)
+    dq, dk, dv = _backward(halves, *args, out, lse, d_out)
+    dq, dk = (x[..., : q.shape[3]] for x in (dq, dk))
+    return *back_q(dq), dk, dv[..., : v_BTHV.shape[3]]
+
+
+def _widened(q, k, v) -> list[jax.Array]:
+    """Widen heads; zeros behind the last column change no product."""
+    return [fit(x, tiles.width_of(x.shape[3]), 3) for x in (q, k, v)]
 
 
 def _forward(halves: Halves, q, k, v):
@@ -103,7 +135,7 @@ def _forward(halves: Halves, q, k, v):
     window, stride, run = halves.window, halves.stride, {"interpret": halves.interpret}
     init = None
     if stride:
-        folded, strict = [_fold(x, stride) for x in (q, k, v)], window is not None
+        folded, strict = [_fold(x, stride) for x in (q, k, v)], halves.strict
         if _column_fits(*folded):
             out, lse = columns.forward(*folded, halves.scale, strict=strict, **run)
         else:
@@ -135,7 +167,8 @@ def _backward(halves: Halves, q, k, v, out, lse, d_out):
     window, stride, run = halves.window, halves.stride, {"interpret": halves.interpret}
     into = delta = None
     if stride:
-        folded, strict = [_fold(x, stride) for x in (q, k, v, out, d_out)], bool(window)
+        folded = [_fold(x, stride) for x in (q, k, v, out, d_out)]
+        strict = halves.strict
         by_column = _by_column(lse, stride) if window else lse
         backward = _columns_backward(*folded[:3])
         if backward:
