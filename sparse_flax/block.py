@@ -171,7 +171,7 @@ def _float32(x: jax.Array) -> jax.Array:
 
 def _project(equation: str, x: jax.Array, weight, bias) -> jax.Array:
     """Multiply by a weight and add a bias, in x's dtype."""
-    return _multiply(equation, x, weight) + bias[...].astype(x.dtype)
+    return _biased(_multiply(equation, x, weight), bias[...])
 
 
 def _multiply(equation: str, x: jax.Array, weight) -> jax.Array:
@@ -186,10 +186,28 @@ def _project_to_heads(x_BTD: jax.Array, weight_DHK, bias_HK) -> jax.Array:
     """
     (D, H, K), (B, T, _) = weight_DHK.shape, x_BTD.shape
     flat = jnp.reshape(weight_DHK[...].astype(x_BTD.dtype), (D, H * K))
-    bias = jnp.reshape(bias_HK[...].astype(x_BTD.dtype), (H * K,))
     # H, since a device has whole heads of the flat dimension.
-    y = jnp.einsum("BTD,DF->BTF", x_BTD, flat, out_sharding=activation("BTH")) + bias
+    y = jnp.einsum("BTD,DF->BTF", x_BTD, flat, out_sharding=activation("BTH"))
+    y = _biased(y, jnp.reshape(bias_HK[...], (H * K,)))
     return jnp.reshape(y, (B, T, H, K), out_sharding=activation("BTHK"))
+
+
+# The gradient of a bias is a sum over all tokens. JAX's own is in x's dtype, in which a
+# GPU then may add up, too: in bfloat16 that was off by a quarter.
+@jax.custom_vjp
+def _biased(x: jax.Array, bias: jax.Array) -> jax.Array:
+    return x + bias.astype(x.dtype)
+
+
+def _biased_forward(x, bias):
+    return _biased(x, bias), bias
+
+
+def _biased_backward(bias, d_out):
+    return d_out, _float32(d_out).sum(range(d_out.ndim - bias.ndim))
+
+
+_biased.defvjp(_biased_forward, _biased_backward)
 
 
 def fold_in(keys_B: jax.Array, number: jax.Array | int) -> jax.Array:
