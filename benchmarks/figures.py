@@ -4,6 +4,8 @@ python benchmarks/figures.py           # writes into docs/
 
     patterns.png           who sees whom
     attention_growth.png   time against T, from benchmarks/results/attention.json
+    music.png              sound that a model went on with, from benchmarks/results/
+                           models/continued-*.ogg
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import soundfile
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,6 +39,8 @@ from sparse_flax.visualize.mask_figure import (  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "attention.json"
 DOCS = ROOT / "docs"
+SOUNDS = ROOT / "benchmarks" / "results" / "models"
+GIVEN_SECONDS = 0.65  # of each of them
 PATTERNS = {
     "Dense()": Dense(),
     "Local(8)": Local(8),
@@ -98,7 +103,22 @@ def growth(result: dict) -> Figure:
     return figure
 
 
+def continued(paths: list[Path]) -> Figure:
+    """Spectrograms, with a line where what was given ends."""
+    figure = Figure(figsize=(8, 1.4 * len(paths)), layout="constrained")
+    for axes, path in zip(
+        figure.subplots(len(paths), squeeze=False)[:, 0], paths, strict=True
+    ):
+        samples, rate = soundfile.read(path)
+        axes.specgram(samples + 1e-6, NFFT=256, noverlap=224, Fs=rate, cmap="magma")
+        axes.axvline(GIVEN_SECONDS, color="#ff7800", linewidth=2)
+        axes.set(ylabel="Hz", xlim=(0, len(samples) / rate), ylim=(0, rate / 2))
+    axes.set_xlabel("seconds: given to the left of the line, sampled to the right")
+    return figure
+
+
 def main() -> None:
+    _write(continued(sorted(SOUNDS.glob("continued-*.ogg"))), "music.png")
     _write(patterns(), "patterns.png")
     if not RESULTS.exists() or "growth" not in (
         result := json.loads(RESULTS.read_text())

@@ -21,7 +21,9 @@ Presets:
               pixels has 5.93 (one run)
     colab     16 layers, for Colab's free TPU, one v5e: two epochs. Compiled for one,
               never run; at a fifth of its peak it would take six minutes
-    short     the model at full size for some minutes of one GPU
+    short     the model at full size for four minutes of one H200: with train.steps=860,
+              half an epoch, 4.436 bits per dim of 9,968 of the 10,000 test images (one
+              run; the README has completions)
 """
 
 from ml_collections import ConfigDict
