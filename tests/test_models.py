@@ -14,9 +14,9 @@ MODELS = Path(__file__).parents[1] / "models"
 TEXT = (
     b"It was late in the evening when the two friends came back to the house. The door "
     b"was open, and there was no light in any of the windows; but they could hear the "
-    b"voice of the old woman, who was talking to somebody in the garden behind the wall."
+    b"voice of the old woman, who was talking to somebody in the garden."
 )
-SIDE = 96  # bytes of a row of pixels
+ROW = 96  # bytes of 32 pixels
 
 
 def bits_per_byte(name, content):
@@ -35,7 +35,7 @@ def test_they_are_small():
     ("name", "content", "most"),
     [
         ("text", TEXT, 1.5),
-        ("images", bytes([255]) * (16 * SIDE), 0.1),  # white, as at the top
+        ("images", bytes([255]) * (16 * ROW), 0.1),  # white, as at the top
         ("audio", bytes([128]) * 2000, 0.1),  # silence
     ],
 )
