@@ -26,8 +26,17 @@ from sparse_flax.sharding import (
 from sparse_flax.train_step import make_train_step
 
 MESHES = [
-    *((1, 1, 1, 1), (8, 1, 1, 1), (2, 2, 2, 1), (1, 4, 2, 1)),
-    *((1, 1, 1, 4), (2, 1, 2, 2), (1, 2, 1, 4), (1, 1, 2, 4)),
+    *((8, 1, 1, 1), (1, 4, 2, 1), (2, 1, 2, 2)),
+    *(
+        pytest.param(sizes, marks=pytest.mark.slow)
+        for sizes in (
+            (1, 1, 1, 1),
+            (2, 2, 2, 1),
+            (1, 1, 1, 4),
+            (1, 2, 1, 4),
+            (1, 1, 2, 4),
+        )
+    ),
 ]
 
 
@@ -173,7 +182,11 @@ def test_the_table_of_parameters():
     assert expected.items() <= found.items()
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 1, 2, 4)], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [(1, 1, 2, 4), pytest.param((2, 2, 2), marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_samples_and_evaluates_on_a_mesh_as_without_one(sizes):
     def outcomes(model):
         rows = [batch() | {"weights_BT": np.ones((8, 16), np.float32)}]
