@@ -121,9 +121,10 @@ def unused_accelerators() -> list[str]:
             )
     idle = jax.device_count() - jax.sharding.get_mesh().size
     if idle and jax.default_backend() != "cpu":
-        shape = jax.sharding.get_mesh().shape
+        mesh = jax.sharding.get_mesh()
+        most = jax.device_count() * mesh.shape["data"] // mesh.size
         found.append(
             f"{idle} of {jax.device_count()} devices are idle: --config.mesh.data="
-            f"{jax.device_count() // (shape['fsdp'] * shape['tensor'])} uses more"
+            f"{most} uses more, with batches that it divides"
         )
     return found

@@ -10,7 +10,7 @@ import functools
 import os
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -106,7 +106,8 @@ def generate(
         for call, far in zip(calls, reaches, strict=True):
             if stop:
                 break
-            compiled[far].result()
+            # No part of the estimate: the next bytes do not wait for it again.
+            started += _wait(compiled[far], say)
             bytes_BT, caches = _sample(*arguments(call), reach=far)
             bytes_BT.block_until_ready()
             done = call[1]
@@ -120,6 +121,17 @@ def generate(
         sampled[n, length : length + count].tobytes()
         for n, length in enumerate(lengths)
     ]
+
+
+def _wait(compiled: Future, say: Callable[[str], None]) -> float:
+    """Wait for a compiled program, and return for how many seconds."""
+    began = time.monotonic()
+    try:
+        compiled.result(timeout=10)
+    except TimeoutError:
+        say("sampling: still compiling, which may take a minute")
+        compiled.result()
+    return time.monotonic() - began
 
 
 def reach(end: int, T: int, rows: int) -> int:

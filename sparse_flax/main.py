@@ -153,9 +153,13 @@ def main(argv: list[str]) -> int:
             _CONFIG.value, workdir, _MODEL.value, _CHECKPOINT_STEP.value, say=_say
         )
         return 0
+    from sparse_flax.sharding import choose_mesh
     from sparse_flax.train import Trainer
 
-    Trainer(_CONFIG.value, workdir, profile=_PROFILE.value, say=_say).run()
+    config = _CONFIG.value
+    if not any(argument.startswith("--config.mesh.") for argument in sys.argv):
+        config = choose_mesh(config, say=_say)
+    Trainer(config, workdir, profile=_PROFILE.value, say=_say).run()
     return 0
 
 

@@ -19,7 +19,7 @@ import contextlib
 import contextvars
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 
 from sparse_flax.errors import UserError
 
@@ -89,6 +90,26 @@ def make_mesh(
         axis_types=(AxisType.Explicit,) * len(sizes),
         devices=devices[:needed],
     )
+
+
+def choose_mesh(config: ConfigDict, say: Callable[[str], None]) -> ConfigDict:
+    """Return a configuration whose batches go to as many devices as divide them.
+
+    For a command line that names no mesh. One that a configuration gives stays.
+    """
+    there = jax.device_count()
+    if there == 1 or any(n != 1 for n in config.mesh.values()):
+        return config
+    rows = config.train.batch_size // max(config.train.accumulate, 1)
+    rows = math.gcd(rows, config.eval.batch_size)  # 0: as in training
+    data = max(n for n in range(1, there + 1) if rows % n == 0)
+    chosen = config.copy_and_resolve_references()
+    chosen.mesh.data = data
+    say(
+        f"mesh               none was given: mesh.data={data} of {there} devices, for "
+        f"batches of {rows}; --config.mesh.data=1 trains on one"
+    )
+    return chosen
 
 
 def activation(letters: str) -> P | None:

@@ -18,6 +18,7 @@ from sparse_flax.model import SparseTransformer
 from sparse_flax.sharding import (
     activation,
     batch_shards,
+    choose_mesh,
     make_mesh,
     parameter_shardings,
     put_batch,
@@ -213,6 +214,22 @@ def test_without_a_mesh_nothing_is_laid_out():
         with whole_sequences():
             assert activation("BT") == P(("data", "fsdp", "context"), None)
     assert rows.addressable_shards[0].data.shape == (2, 2)
+
+
+def test_without_a_mesh_named_the_batch_goes_to_as_many_devices_as_divide_it():
+    said = []
+    config = config_lib.defaults()
+    config.train.batch_size = 12
+    assert choose_mesh(config, said.append).mesh.data == 6
+    config.eval.batch_size = 8
+    assert choose_mesh(config, said.append).mesh.data == 4
+    config.train.accumulate = 2
+    assert choose_mesh(config, said.append).mesh.data == 2
+    assert "mesh.data=6 of 8 devices" in said[0]
+    finalize(choose_mesh(config, said.append))
+    config.mesh.tensor = 2
+    assert choose_mesh(config, said.append) is config
+    assert len(said) == 4
 
 
 def test_says_when_there_are_too_few_devices():
