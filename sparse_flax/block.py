@@ -204,7 +204,10 @@ def _biased_forward(x, bias):
 
 
 def _biased_backward(bias, d_out):
-    return d_out, _float32(d_out).sum(range(d_out.ndim - bias.ndim))
+    d_bias = _float32(d_out).sum(range(d_out.ndim - bias.ndim))
+    if activation("") is not None:  # over a mesh axis of one device, types may differ
+        d_bias = jax.sharding.reshard(d_bias, jax.typeof(bias).sharding.spec)
+    return d_out, d_bias
 
 
 _biased.defvjp(_biased_forward, _biased_backward)
