@@ -209,6 +209,7 @@ def rows(folder, name="metrics.jsonl"):
     return [json.loads(line) for line in lines]
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_one_speaks(straight):
     first, second, folder = straight
     assert "process 0 of 2 on" in first and "waits for the others at" in first
