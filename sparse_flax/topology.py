@@ -43,13 +43,13 @@ def describe(name: str) -> list[jax.Device]:
         )
     from jax.experimental import topologies  # which nothing else needs
 
-    for variable, value in ENVIRONMENT.items():
-        os.environ.setdefault(variable, value)
     options = {}
     if math.prod(map(int, found[2].split("x"))) == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
     if found[1] == "v4":  # both cores of a chip are one device, as on a real one
         options["chip_config_name"] = "megacore"
+    missing = {key: x for key, x in ENVIRONMENT.items() if key not in os.environ}
+    os.environ.update(missing)
     try:
         described = topologies.get_topology_desc(name, platform="tpu", **options)
     except (jax.errors.JaxRuntimeError, ValueError) as error:
@@ -58,6 +58,9 @@ def describe(name: str) -> list[jax.Device]:
             f"--topology={name} is none that the TPU compiler knows ({why}); try "
             f"--topology={found[1]}:{'2x2' if found[1].endswith('e') else '2x2x1'}"
         ) from None
+    finally:
+        for variable in missing:  # or this would pass for a TPU host
+            del os.environ[variable]
     return list(described.devices)
 
 

@@ -23,6 +23,7 @@ from sparse_flax.model import (
     SparseTransformer,
     parameter_count,
 )
+from sparse_flax.sharding import MESH_AXES
 from sparse_flax.train_step import make_train_step
 
 TINY = ModelConfig(
@@ -459,7 +460,7 @@ def test_names_the_implementation_of_attention():
 def test_the_128_layers_of_cifar10_compile_within_30_seconds():
     config = finalized("cifar10")
     model_config = config_lib.model_config(config)
-    mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"))
+    mesh = jax.make_mesh((1, 1, 1, 1), MESH_AXES)
     with jax.set_mesh(mesh):
         abstract = state.abstract(
             model_config, optim.make_optimizer(config.optim), jax.random.key(0)

@@ -12,6 +12,7 @@ from sparse_flax import optim, state
 from sparse_flax.config_checks import finalize
 from sparse_flax.data.batches import inputs_and_targets
 from sparse_flax.loss_scale import LossScale
+from sparse_flax.sharding import MESH_AXES
 from sparse_flax.train_step import make_train_step
 
 
@@ -50,7 +51,7 @@ def train_step():
 def noisy_state(step=0):
     rng = np.random.default_rng(0)
     args = config_lib.model_config(CONFIG), optim.make_optimizer(CONFIG.optim)
-    mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"))
+    mesh = jax.make_mesh((1, 1, 1, 1), MESH_AXES)
     with jax.set_mesh(mesh):
         shapes = state.abstract(*args, jax.random.key(0))
 
