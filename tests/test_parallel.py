@@ -266,7 +266,6 @@ class Hashable(types.SimpleNamespace):
     __hash__ = object.__hash__
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(
     jax.__version_info__ < hopper.OLDEST_JAX, reason="the kernels need jax 0.11"
 )
