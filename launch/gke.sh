@@ -9,13 +9,14 @@
 #   --cluster=NAME     of XPK (xpk); the others use kubectl's own
 #   --name=NAME        of the workload (sparse-flax)
 #   --type=TYPE        of XPK, v5litepod-16
+#   --storage=NAME     of XPK, made by xpk storage attach: where all hosts write --workdir
 #   --claim=NAME       the volume claim that gke.yaml mounts at /runs (sparse-flax-runs)
 #
 # gke.yaml is for v5litepod-16, four hosts of four chips; the numbers to change for
 # others stand at its top.
 set -euo pipefail
 
-dry_run='' action='' name=sparse-flax image='' cluster='' type=v5litepod-16
+dry_run='' action='' name=sparse-flax image='' cluster='' type=v5litepod-16 storage=''
 claim=sparse-flax-runs flags=()
 while (($#)); do
     case $1 in
@@ -25,6 +26,7 @@ while (($#)); do
         --cluster=*) cluster=${1#*=} ;;
         --type=*) type=${1#*=} ;;
         --claim=*) claim=${1#*=} ;;
+        --storage=*) storage=${1#*=} ;;
         --)
             shift
             flags=("$@")
@@ -59,8 +61,11 @@ case $action in
     xpk)
         need image "$image"
         need cluster "$cluster"
+        # XPK itself restarts nothing, and of what fails only 42 and from 127 on: 143 is a
+        # run that saved at a SIGTERM, 1 one whose other host is gone.
         do_it xpk workload create --cluster="$cluster" --workload="$name" \
-            --tpu-type="$type" --docker-image="$image" \
+            --tpu-type="$type" --docker-image="$image" ${storage:+"--storage=$storage"} \
+            --max-restarts=1000 --restart-on-exit-codes=1 \
             --command="python -m sparse_flax.main$(printf ' %q' "${flags[@]}")"
         ;;
     apply)
@@ -78,7 +83,7 @@ print(string.Template(open(sys.argv[1]).read()).substitute(os.environ))' \
         fi
         ;;
     logs) do_it kubectl logs --follow --selector="jobset.sigs.k8s.io/jobset-name=$name" \
-        --prefix --max-log-requests=64 ;;
+        --prefix --tail=100 --max-log-requests=64 ;;
     delete) do_it kubectl delete jobset "$name" ;;
     *)
         echo "error: say what to do: xpk, apply, logs or delete" >&2

@@ -28,8 +28,8 @@ fi
 trap '' TERM
 status=0
 srun --kill-on-bad-exit=1 "$python" -m sparse_flax.main "$@" || status=$?
-# Whether all is done, the run itself says: after a notice it ends well, but unfinished.
-if ((status == 0)) && [[ ${SLURM_JOB_END_TIME:-0} -gt 0 ]] &&
+# 143 is a run that saved at a SIGTERM; far from the end of its time, somebody's scancel.
+if ((status == 143)) && [[ ${SLURM_JOB_END_TIME:-0} -gt 0 ]] &&
     ((SLURM_JOB_END_TIME - $(date +%s) < 180)); then
     scontrol requeue "$SLURM_JOB_ID"
 fi

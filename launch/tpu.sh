@@ -19,8 +19,10 @@
 #       --config=configs/enwik8.py --config.mesh.data=16 --config.train.batch_size=16 \
 #       --config.eval.batch_size=16 --workdir=/mnt/share/enwik8
 #
-# keep creates, sets up and runs, looks every minute, and does all of it again when the
-# TPU was taken away; training goes on from the last checkpoint. It ends with the run.
+# keep creates, sets up and runs, looks every minute, and does again what is needed when
+# the TPU was taken away, restarted or a host failed; training goes on from the last
+# checkpoint. It ends with the run, or after ten failures. Ended itself, the same command
+# goes on watching.
 set -euo pipefail
 
 dry_run='' action='' name=sparse-flax zone=us-west4-a type=v5litepod-1
@@ -64,11 +66,10 @@ on() { tpu ssh --worker="$1" --command="$2"; }
 create() { tpu create --accelerator-type="$type" --version="$version" ${spot:+"$spot"}; }
 
 setup() {
-    if [[ -z $source ]]; then
-        echo "error: --source=URL is missing: what to clone" >&2
-        exit 2
-    fi
-    local steps="sudo apt-get update -qq && sudo apt-get install -y -qq python3.11-venv nfs-common"
+    need_source
+    # A new machine updates itself at first, and has apt locked.
+    local apt="sudo apt-get -qq -o DPkg::Lock::Timeout=600"
+    local steps="$apt update && $apt install -y python3.11-venv nfs-common"
     steps+=" && (test -d sparse_flax || git clone --quiet $(printf %q "$source") sparse_flax)"
     steps+=" && python3.11 -m venv venv && venv/bin/pip install --quiet -e sparse_flax 'jax[tpu]'"
     if [[ $share ]]; then
@@ -80,10 +81,7 @@ setup() {
 }
 
 run() {
-    if ((${#flags[@]} == 0)); then
-        echo "error: nothing to run; give the flags of sparse_flax.main after --" >&2
-        exit 2
-    fi
+    need_flags
     # In the background, so that a lost connection does not end it. Its exit status is
     # in run.status once it has ended.
     local train="cd sparse_flax && rm -f ../run.status && (trap '' HUP;"
@@ -94,34 +92,75 @@ run() {
 
 logs() { on 0 "tail -n 100 -F run.log"; }
 status() { tpu describe --format="value(state)"; }
-ended() { on 0 "cat run.status 2>/dev/null || true"; }
+# The exit status of the run, "none" if there is no run, or nothing while it goes on.
+ended() {
+    on 0 "cat run.status 2>/dev/null || pgrep -f '[s]parse_flax.main' >/dev/null || echo none"
+}
+
+need_source() {
+    if [[ -z $source ]]; then
+        echo "error: --source=URL is missing: what to clone" >&2
+        exit 2
+    fi
+}
+
+need_flags() {
+    if ((${#flags[@]} == 0)); then
+        echo "error: nothing to run; give the flags of sparse_flax.main after --" >&2
+        exit 2
+    fi
+}
 
 keep() {
-    create
-    setup
-    run
+    # Before anything is there that costs.
+    need_source
+    need_flags
     if [[ $dry_run ]]; then
         status
+        create
         ended
-        echo "# and so on: after PREEMPTED, delete, create, setup and run again"
+        setup
+        run
+        echo "# and so on every minute: what is missing is made, what has stopped goes on"
         return
     fi
-    local state code
-    while sleep 60; do
-        state=$(status 2>/dev/null || echo GONE)
-        if [[ $state == READY ]]; then
-            code=$(ended || true)
-            if [[ $code ]]; then
-                echo "the run ended with status $code; launch/tpu.sh delete ends the costs"
-                exit "$code"
-            fi
-        elif [[ $state == PREEMPTED || $state == TERMINATED || $state == GONE ]]; then
-            echo "the TPU is $state: creating it again"
-            delete 2>/dev/null || true
-            until create; do sleep 60; done
-            setup && run || echo "trying again in a minute"
+    local state code seen='' failures=0
+    while true; do
+        if ! state=$(status 2>/dev/null); then
+            state=$(status 2>&1 || true)
+            # Anything else may be the network from here, and no reason to delete.
+            if [[ $state == *NOT_FOUND* ]]; then state=GONE; else echo "waiting: $state"; fi
         fi
+        case $state in
+            GONE | PREEMPTED | TERMINATED)
+                echo "the TPU is $state: creating it"
+                [[ $state == GONE ]] || delete || true
+                create || echo "trying again in a minute"
+                ;;
+            READY)
+                code=$(ended) || code=''
+                # How an earlier run ended says nothing about this one.
+                [[ $seen || -z $code ]] || code=none
+                case $code in
+                    '') seen=1 ;;
+                    0 | 2)
+                        echo "the run ended with status $code; launch/tpu.sh delete ends the costs"
+                        exit "$code"
+                        ;;
+                    *)
+                        # 143: it saved at a SIGTERM, which is a notice and no failure.
+                        [[ $code == none || $code == 143 ]] || failures=$((failures + 1))
+                        ((failures < 10)) || break
+                        echo "status of the run: $code; starting it"
+                        if setup && run; then seen=1; else failures=$((failures + 1)); fi
+                        ;;
+                esac
+                ;;
+        esac
+        sleep 60
     done
+    echo "error: ten failures; see launch/tpu.sh logs, and delete, which ends the costs" >&2
+    exit 1
 }
 
 delete() { tpu delete --quiet; }

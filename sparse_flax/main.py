@@ -135,7 +135,7 @@ def main(argv: list[str]) -> int:
 
         run = EvalRun(_CONFIG.value, workdir, say=_say)
         run.follow() if _FOLLOW.value else run.run(_CHECKPOINT_STEP.value)
-        return 0
+        return run.stop.status
     if _MODE.value == "sample":
         from sparse_flax.sample_run import SampleRun
 
@@ -145,7 +145,7 @@ def main(argv: list[str]) -> int:
             )
         run = SampleRun(_CONFIG.value, workdir, model=_MODEL.value, say=_say)
         run.run(_CHECKPOINT_STEP.value)
-        return 0
+        return run.stop.status
     if _MODE.value == "export":
         from sparse_flax import export_run
 
@@ -159,8 +159,9 @@ def main(argv: list[str]) -> int:
     config = _CONFIG.value
     if not any(argument.startswith("--config.mesh.") for argument in sys.argv):
         config = choose_mesh(config, say=_say)
-    Trainer(config, workdir, profile=_PROFILE.value, say=_say).run()
-    return 0
+    trainer = Trainer(config, workdir, profile=_PROFILE.value, say=_say)
+    trainer.run()
+    return trainer.stop.status
 
 
 def default_workdir() -> str:

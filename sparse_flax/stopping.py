@@ -36,6 +36,14 @@ class StopRequest:
                 self.signal = "SIGTERM"
         return bool(self.signal)
 
+    @property
+    def status(self) -> int:
+        """The exit status: 0, or 128 plus the signal's number, as shells have it.
+
+        Whoever starts a job again has to know that this one is not finished.
+        """
+        return 128 + signal.Signals[self.signal] if self.signal else 0
+
     def listen(self) -> None:
         """Install the handlers, if this is the main thread, which alone may."""
         if threading.current_thread() is not threading.main_thread():

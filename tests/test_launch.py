@@ -4,6 +4,7 @@ import os
 import shlex
 import subprocess
 import sysconfig
+import time
 from pathlib import Path
 
 import pytest
@@ -71,15 +72,86 @@ def test_what_a_tpu_runs_is_what_was_asked_for(tmp_path):
 def test_a_tpu_that_is_kept_does_all_of_it():
     kept = dry_run("tpu.sh", "keep", "--source=URL", "--", *FLAGS)
     assert [line[4] for line in kept if line] == [
-        *("create", "ssh", "ssh", "describe", "ssh"),
+        *("describe", "create", "ssh", "ssh", "ssh"),
     ]
+
+
+# Stands for Google's: says what it was told to do, in a file, and answers by a script,
+# a line a minute: the state, or the error, and what the run says.
+GCLOUD = r"""#!/usr/bin/env bash
+cd "$(dirname "$0")"
+minute=$(cat minute)
+answer() { sed -n "${minute}p" "$1"; }
+case "$4 $*" in
+    describe*) state=$(answer states)
+        case $state in *ERROR*) echo "$state" >&2; exit 1 ;; esac
+        echo "$state" ;;
+    ssh*run.status\ 2*) answer ends ;;
+    ssh*apt*) echo setup >> did; [[ $(answer setups) != fails ]] ;;
+    ssh*) echo run >> did ;;
+    *) echo "$4" >> did; [[ $(answer creates) != fails ]] ;;
+esac
+"""
+SLEEP = '#!/bin/sh\ncd "$(dirname "$0")"; m=$(cat minute); echo $((m + 1)) > minute\n'
+MISSING = "ERROR: (gcloud.compute.tpus.tpu-vm.describe) NOT_FOUND: Resource"
+
+
+@pytest.mark.parametrize(
+    ("minutes", "did", "status"),
+    [
+        # Each minute: the state, how the run ended, whether setup and create work.
+        (
+            [
+                (MISSING, "", "", "fails"),  # no machine is free
+                (MISSING, "", "", ""),
+                ("READY", "none", "fails", ""),  # not yet reachable
+                ("READY", "none", "", ""),
+                ("READY", "", "", ""),
+                ("ERROR: the network is down", "", "", ""),
+                ("READY", "143", "", ""),  # it saved at a notice
+                ("PREEMPTED", "", "", ""),
+                ("READY", "none", "", ""),
+                ("READY", "1", "", ""),  # another host was lost
+                ("READY", "0", "", ""),
+            ],
+            "create create setup setup run setup run delete create setup run setup run",
+            0,
+        ),
+        # What an earlier run left is not this one's; a mistake is not made twice.
+        ([("READY", "0", "", ""), ("READY", "2", "", "")], "setup run", 2),
+        # One that goes on is watched.
+        ([("READY", "", "", ""), ("READY", "0", "", "")], "", 0),
+        ([("READY", "1", "", "")] * 12, "setup run " * 10, 1),
+    ],
+    ids=["through everything", "stale", "watched again", "ten failures"],
+)
+def test_a_tpu_is_kept_until_the_run_ends(tmp_path, minutes, did, status):
+    for name, text in {"gcloud": GCLOUD, "sleep": SLEEP, "minute": "1\n"}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    for name, column in zip(
+        ["states", "ends", "setups", "creates"], zip(*minutes, strict=True), strict=True
+    ):
+        (tmp_path / name).write_text("\n".join(column) + "\n")
+    done = subprocess.run(
+        [ROOT / "launch/tpu.sh", "keep", "--source=URL", "--", *FLAGS],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        timeout=60,
+    )
+    told = tmp_path / "did"
+    assert (told.read_text().split() if told.exists() else []) == did.split()
+    assert done.returncode == status, done.stdout + done.stderr
 
 
 def test_gke_by_xpk_and_by_a_jobset():
     image = "--image=registry/sparse-flax"
-    (xpk,) = dry_run("gke.sh", "xpk", image, "--cluster=c", "--", *FLAGS)
+    where = "--cluster=c", "--storage=runs"
+    (xpk,) = dry_run("gke.sh", "xpk", image, *where, "--", *FLAGS)
     assert xpk[:3] == ["xpk", "workload", "create"]
-    assert {"--cluster=c", "--docker-image=registry/sparse-flax"} <= set(xpk)
+    assert {*where, "--docker-image=registry/sparse-flax"} <= set(xpk)
+    assert {"--max-restarts=1000", "--restart-on-exit-codes=1"} <= set(xpk)
     command = xpk[-1].removeprefix("--command=")
     assert shlex.split(command) == ["python", "-m", "sparse_flax.main", *FLAGS]
     printed = subprocess.run(
@@ -99,6 +171,15 @@ def test_gke_by_xpk_and_by_a_jobset():
     rows, columns = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")
     assert job["parallelism"] * chips == int(rows) * int(columns)
     assert job["parallelism"] == job["completions"]
+    # A user's mistake ends the job, and all else begins it again.
+    (rule,) = job["podFailurePolicy"]["rules"]
+    assert rule["onExitCodes"]["values"] == [2] and rule["action"] == "FailJob"
+    assert rule["onExitCodes"]["containerName"] == container["name"]
+    assert pod["restartPolicy"] == "Never" and job["backoffLimit"] == 0
+    policy = jobset["spec"]["failurePolicy"]
+    assert policy["maxRestarts"] > 0
+    assert [rule["action"] for rule in policy["rules"]] == ["FailJobSet"]
+    assert policy["rules"][0]["onJobFailureReasons"] == ["PodFailurePolicy"]
     mounts = {mount["name"] for mount in container["volumeMounts"]}
     assert mounts == {volume["name"] for volume in pod["volumes"]}
 
@@ -115,6 +196,7 @@ def test_slurm_starts_what_was_asked_for():
         (["tpu.sh"], "say what to do: create, setup"),
         (["tpu.sh", "setup"], "--source=URL is missing"),
         (["tpu.sh", "run"], "nothing to run"),
+        (["tpu.sh", "keep", "--", "--config=x"], "--source=URL is missing"),
         (["tpu.sh", "craete"], "craete is neither an action nor an option"),
         (["gke.sh", "apply"], "--image=... is missing"),
         (["gke.sh", "xpk", "--image=i"], "--cluster=... is missing"),
@@ -124,3 +206,23 @@ def test_slurm_starts_what_was_asked_for():
 def test_a_mistake_gets_a_sentence(arguments, sentence):
     said = dry_run(*arguments)
     assert said.startswith("error: ") and sentence in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "left", "requeued"),
+    [(143, 100, True), (143, 5000, False), (0, 100, False), (1, 100, False)],
+    ids=["its time is over", "scancel", "finished", "failed"],
+)
+def test_slurm_queues_again_what_ran_out_of_time(tmp_path, status, left, requeued):
+    for name, text in {"srun": f"exit {status}", "scontrol": 'echo "$@"'}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": str(int(time.time()) + left)}
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        [ROOT / "launch/slurm.sh", *FLAGS],
+        capture_output=True,
+        text=True,
+        env=os.environ | job | path,
+    )
+    assert (done.stdout, done.returncode) == ("requeue 7\n" * requeued, status)

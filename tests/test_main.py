@@ -174,7 +174,7 @@ def test_a_signal_in_training_saves_and_ends_well(here, tmp_path, straight, sent
     wait_for(process, "step 1/12")
     process.send_signal(sent)
     said, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (0, "")
+    assert (process.returncode, errors) == (128 + sent, "")
     assert "fingerprint" not in said
     stopped = re.search(rf"^stopped by {sent.name} at step (\d+);", said, re.M)
     step = stopped.group(1)
@@ -190,7 +190,7 @@ def test_sigterm_in_an_evaluation_saves_and_it_is_made_up_for(here, tmp_path, st
     time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     said, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (0, "")
+    assert (process.returncode, errors) == (128 + signal.SIGTERM, "")
     assert "stopped by SIGTERM at step 6;" in said
     assert f"saved {workdir / 'checkpoints' / '6'}" in said.splitlines()
     assert [r["step"] for r in rows(workdir) if r["split"] == "validation"] == [0]

@@ -237,7 +237,7 @@ def test_killed_and_told_to_stop_it_goes_on_and_nothing_is_lost(here, straight):
     with Job(here, "killed", *whole, cluster=_own) as job:
         step = int(job.wait_for("step ([0-9]+)/")[1])
         job.processes[random.randrange(2)].send_signal(signal.SIGTERM)
-        job.end([0, 0])
+        job.end([128 + signal.SIGTERM] * 2)
     assert f"stopped by SIGTERM at step {step};" in job.text(0), job.text(0)
     assert (here / "killed" / "checkpoints" / str(step)).is_dir()
     last = rows(here / "killed")[-1]
