@@ -1,6 +1,8 @@
 """One model, however it lies on the devices."""
 
 import functools
+import itertools
+import math
 
 import jax
 import numpy as np
@@ -41,10 +43,13 @@ MESHES = [
 ]
 
 
-def configuration(patterns="PerHead((Strided(4), Fixed(4, 2, rotate=True)))"):
+def configuration(
+    patterns="PerHead((Strided(4), Fixed(4, 2, rotate=True)))", layers=2, T=16, heads=4
+):
     config = config_lib.defaults()
-    config.model.context = 16
-    config.model.layers = 2
+    config.model.context = T
+    config.model.layers = layers
+    config.model.heads = heads
     config.model.width = 16
     config.model.patterns = patterns
     config.model.dropout = 0.25
@@ -122,6 +127,36 @@ def test_every_mesh_gives_the_same_loss_and_gradients_with_dropout(sizes):
         np.testing.assert_allclose(
             a, b, atol=1e-5 * scale, rtol=1e-5, err_msg=str(path)
         )
+
+
+EIGHT = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=4)
+         if math.prod(sizes) == 8]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_every_mesh_of_eight_devices_gives_the_same_loss():
+    config = config_lib.model_config(
+        configuration("Strided(4), Fixed(4, 2), Local(3), Dense()", 4, T=32, heads=8)
+    )
+    windows_BT = np.random.default_rng(2).integers(0, 256, (8, 32)).astype(np.uint8)
+
+    def loss_on(*sizes):
+        @functools.partial(jax.jit, compiler_options=QUICKLY)
+        def loss(model, batch, key):
+            logits_BTN = model(batch["inputs_BT"], key)
+            return cross_entropy(logits_BTN, batch["targets_BT"]).mean()
+
+        mesh = make_mesh(*sizes)
+        with jax.set_mesh(mesh):
+            model = noisy_model(config)
+            model = jax.device_put(model, parameter_shardings(model, mesh))
+            batch = put_batch(inputs_and_targets(windows_BT))
+            return float(loss(model, batch, jax.random.key(7)))
+
+    alone = loss_on(1, 1, 1, 1)
+    losses = {sizes: loss_on(*sizes) for sizes in EIGHT}
+    assert len(losses) == 20
+    assert losses == dict.fromkeys(EIGHT, pytest.approx(alone, rel=1e-5))
 
 
 @pytest.mark.slow
