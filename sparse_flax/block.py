@@ -188,7 +188,7 @@ def _project_to_heads(x_BTD: jax.Array, weight_DHK, bias_HK) -> jax.Array:
     flat = jnp.reshape(weight_DHK[...].astype(x_BTD.dtype), (D, H * K))
     # H, since a device has whole heads of the flat dimension.
     y = jnp.einsum("BTD,DF->BTF", x_BTD, flat, out_sharding=activation("BTH"))
-    y = _biased(y, jnp.reshape(bias_HK[...], (H * K,)))
+    y = _biased(y, jnp.reshape(bias_HK[...], (H * K,), out_sharding=activation("H")))
     return jnp.reshape(y, (B, T, H, K), out_sharding=activation("BTHK"))
 
 
@@ -204,10 +204,7 @@ def _biased_forward(x, bias):
 
 
 def _biased_backward(bias, d_out):
-    d_bias = _float32(d_out).sum(range(d_out.ndim - bias.ndim))
-    if activation("") is not None:  # over a mesh axis of one device, types may differ
-        d_bias = jax.sharding.reshard(d_bias, jax.typeof(bias).sharding.spec)
-    return d_out, d_bias
+    return d_out, _float32(d_out).sum(range(d_out.ndim - bias.ndim))
 
 
 _biased.defvjp(_biased_forward, _biased_backward)

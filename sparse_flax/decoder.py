@@ -20,7 +20,7 @@ from sparse_flax.attention import decode, sparse_attention
 from sparse_flax.attention.patterns import Pattern
 from sparse_flax.block import norm, quick_gelu
 from sparse_flax.model import START, SparseTransformer
-from sparse_flax.sharding import activation
+from sparse_flax.sharding import activation, lay_out
 
 Caches = tuple[decode.Cache, ...]  # one a layer
 
@@ -82,9 +82,7 @@ def _laid_out(model: SparseTransformer) -> tuple[Ends, Layer]:
     dtype = jnp.dtype(model.config.dtype)
 
     def put(letters: str, w, dtype=dtype):
-        w = w.astype(dtype)
-        at = activation(letters)
-        return w if at is None else jax.sharding.reshard(w, at)
+        return lay_out(w.astype(dtype), letters)
 
     as_float32 = functools.partial(put, dtype=jnp.float32)
     b = model.blocks

@@ -42,7 +42,7 @@ from flax import nnx
 
 from sparse_flax.attention import Pattern
 from sparse_flax.block import Block, fold_in, norm
-from sparse_flax.sharding import activation, batch_rows, whole
+from sparse_flax.sharding import activation, batch_rows, lay_out, whole
 
 START = 256  # the input before the first byte
 
@@ -199,8 +199,7 @@ class SparseTransformer(nnx.Module):
         )
         position_TD = self._positions(T - 1).astype(dtype)
         position_TD = jnp.pad(position_TD, [(1, 0), (0, 0)])
-        if activation("TD") is not None:
-            position_TD = jax.sharding.reshard(position_TD, activation("TD"))
+        position_TD = lay_out(position_TD, "TD")
         start_D = self.start_D[...].astype(dtype)
         is_start_BT1 = (inputs_BT == START)[..., None]
         return jnp.where(is_start_BT1, start_D, x_BTD + position_TD)

@@ -120,6 +120,12 @@ def activation(letters: str) -> P | None:
     return P(*(axes.get(letter) for letter in letters))
 
 
+def lay_out(x: jax.Array, letters: str) -> jax.Array:
+    """Give an array the layout of an activation; without a mesh, leave it as it is."""
+    spec = activation(letters)
+    return x if spec is None else jax.sharding.reshard(x, spec)
+
+
 def put_batch(batch: Any, B: int | None = None) -> Any:
     """Place arrays [B] or [B, T] on the mesh, if there is one.
 
@@ -135,9 +141,10 @@ def put_batch(batch: Any, B: int | None = None) -> Any:
         return jax.tree.map(
             lambda x: jax.device_put(x, batch_sharding(np.ndim(x))), batch
         )
+    own = None if B is None else own_rows(B)
 
     def place(x: np.ndarray) -> jax.Array:
-        rows = np.arange(len(x)) if B is None else own_rows(B)
+        rows = np.arange(len(x)) if own is None else own
 
         def piece(index: tuple[slice, ...]) -> np.ndarray:
             wanted = np.arange(B or len(x))[index[0]]
@@ -171,10 +178,7 @@ def batch_sharding(dimensions: int) -> NamedSharding:
 
 def batch_rows(B: int) -> jax.Array:
     """Return the row numbers of a batch, int32 [B], each on its row's device."""
-    rows_B = jnp.arange(B)
-    if jax.sharding.get_abstract_mesh().empty:
-        return rows_B
-    return jax.sharding.reshard(rows_B, activation("B"))
+    return lay_out(jnp.arange(B), "B")
 
 
 def split_batch(batch: Any, parts: int) -> Any:
@@ -182,12 +186,11 @@ def split_batch(batch: Any, parts: int) -> Any:
 
     Row i goes to micro-batch i mod parts, so that each device keeps its own rows.
     """
-    on_mesh = not jax.sharding.get_abstract_mesh().empty
 
     def split(x: jax.Array) -> jax.Array:
         # Said, because a single row a micro-batch leaves it open which dimension it is.
-        rows, *rest = activation("BT"[: x.ndim]) if on_mesh else (None,)
-        rows = P(rows, None, *rest) if on_mesh else None
+        spec = activation("BT"[: x.ndim])
+        rows = None if spec is None else P(spec[0], None, *spec[1:])
         shape = x.shape[0] // parts, parts, *x.shape[1:]
         return jnp.swapaxes(jnp.reshape(x, shape, out_sharding=rows), 0, 1)
 
