@@ -1,0 +1,239 @@
+"""Train the paper's table 2 again: dense, fixed and strided, on text and on images.
+
+    python benchmarks/table2.py --books FILE --cifar10 FOLDER
+
+A cell is a run of sparse_flax.main, from its start to the score of the whole test
+split: {books, cifar10} x {scaled, full} x {dense, fixed, strided} x {equal steps, equal
+time} x seeds. Within a data set, size and seed, the data and their order are the same,
+and everything but the pattern. `scaled` has the paper's width, heads, context and
+vocabulary and fewer layers, so that it learns enough in that time; `full` is the paper's
+model as far as it gets. Neither has dropout: nothing is seen often enough to overfit.
+Equal time: what a pattern reaches in --seconds of training, compiling and scoring left
+out, the number of steps by its own measured speed. Equal steps: what it reaches in the
+number of steps that dense attention makes in that time. The schedule ends with the run.
+
+Finished cells are read from benchmarks/results/table2.json and skipped; a cell that was
+stopped goes on from its checkpoint in --workdir. With --minutes no cell begins that
+would not end within them.
+
+Writes {hardware, versions, rows: [{data, size, pattern, budget (steps | time | both),
+seed, parameters, steps, seconds (of training), tokens, tokens_per_s, validation, test
+(bits per byte or dim), command}]}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # so that it runs from a clone that is not installed
+RESULTS = Path(__file__).with_name("results") / "table2.json"
+
+from benchmarks import processes  # noqa: E402
+from sparse_flax.metrics import read_rows  # noqa: E402
+
+TRIAL_STEPS = 40
+OVERHEAD = 75.0  # seconds of a cell that are not training: starting, compiling, scoring
+SEEDS = 3
+PATTERNS = {
+    "books": {
+        "dense": "Dense()",
+        "fixed": "Fixed(128, 32, rotate=True)",
+        "strided": "Strided(128)",
+    },
+    "cifar10": {
+        "dense": "Dense()",
+        "fixed": "Fixed(128, 32, rotate=True)",
+        "strided": "Strided(96)",
+    },
+}
+# What differs from configs/{books,cifar10}.py:short, which have the paper's sizes. The
+# positions are the same whatever the pattern, and so is what is computed again.
+SAME = {
+    "books": {"model.position_shape": "(96, 128)"},
+    "cifar10": {"optim.warmup_steps": 150},
+}
+for options in SAME.values():
+    options |= {
+        "eval.max_windows": 0,
+        "eval.every_steps": 0,
+        "eval.sample_bytes": 0,
+        "checkpoint.every_steps": 0,  # at the end, and where it is stopped
+        "log.tensorboard": False,
+    }
+SCALED = {
+    "books": {"model.layers": 6, "model.unroll": 6, "optim.learning_rate": 2e-3},
+    "cifar10": {"model.layers": 12, "model.unroll": 12, "optim.learning_rate": 2e-3},
+}
+KEY = ("data", "size", "pattern", "seed")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--books", help="a text of some 100 MB")
+    parser.add_argument("--cifar10", help="as --config.data.path of configs/cifar10.py")
+    parser.add_argument("--sizes", default="scaled,full")
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--seconds", type=float, default=420, help="of training")
+    parser.add_argument("--minutes", type=float, help="begin nothing that takes longer")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/table2"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--try", dest="options", nargs="*", default=[], help=(
+        "NAME=VALUE of the configuration, to see whether it runs"
+    ))  # fmt: skip
+    args = parser.parse_args()
+    given = {name: getattr(args, name) for name in PATTERNS if getattr(args, name)}
+    if not given:
+        parser.error("name the data: --books FILE, --cifar10 FOLDER, or both")
+    bench = Bench(args, given)
+    for seed in range(args.seeds):
+        for size in args.sizes.split(","):
+            for data in given:
+                for pattern in PATTERNS[data]:
+                    bench.cell("time", data, size, pattern, seed)
+                    bench.cell("steps", data, size, pattern, seed)
+
+
+class Bench:
+    """The cells that are finished, and how one is made."""
+
+    def __init__(self, args: argparse.Namespace, given: dict[str, str]) -> None:
+        self.args, self.given, self.began = args, given, time.monotonic()
+        self.result: dict[str, Any] = {"rows": [], "speeds": []}
+        if args.out.exists():
+            self.result = json.loads(args.out.read_text())
+
+    def cell(self, budget: str, *key: Any) -> None:
+        """Train one cell, unless it is finished, and add its row."""
+        key = dict(zip(KEY, key, strict=True))
+        if self.find(budget, **key):
+            return
+        speed = self.speed(**{**key, "seed": 0})
+        dense = self.find("time", **{**key, "pattern": "dense"})
+        batch = speed["tokens_a_step"]
+        if budget == "time":
+            steps = int(self.args.seconds * speed["tokens_per_s"] / batch)
+        else:
+            steps = dense["steps"]  # which comes first
+        seconds = steps * batch / speed["tokens_per_s"]
+        self.stop_if_late(seconds)
+        name = "-".join(str(part) for part in [*key.values(), budget])
+        command, rows = self.train(name, key, {"train.steps": steps})
+        scores = {row["split"]: row["bits_per_byte"] for row in rows if row["windows"]}
+        rates = [row["tokens_per_s"] for row in rows if row["tokens_per_s"]]
+        # Dense attention sets the number of steps, so that one run is both cells.
+        row = {
+            **key,
+            "budget": "both" if key["pattern"] == "dense" else budget,
+            "steps": steps,
+            "tokens": steps * batch,
+            "seconds": steps * batch / statistics.median(rates),
+            "tokens_per_s": statistics.median(rates),
+            "validation": scores["validation"],
+            "test": scores["test"],
+            "command": command,
+        }
+        self.result["rows"].append(row)
+        self.write()
+        print(json.dumps(row), flush=True)
+
+    def find(self, budget: str, **key: Any) -> dict[str, Any] | None:
+        """Return the finished row of a cell."""
+        for row in self.result["rows"]:
+            same = all(row[name] == value for name, value in key.items())
+            if same and row["budget"] in (budget, "both"):
+                return row
+        return None
+
+    def speed(self, **key: Any) -> dict[str, Any]:
+        """Return the measured speed of a model with a pattern, by a short run."""
+        key.pop("seed")
+        for speed in self.result["speeds"]:
+            if all(speed[name] == value for name, value in key.items()):
+                return speed
+        self.stop_if_late(0.0)
+        name = "-".join([*key.values(), "trial"])
+        options = {"train.steps": TRIAL_STEPS, "eval.max_windows": 8}
+        _, rows = self.train(name, {**key, "seed": 0}, options)
+        config = json.loads((self.args.workdir / name / "config.json").read_text())
+        config = config["config"]
+        rates = [row["tokens_per_s"] for row in rows if row["tokens_per_s"]]
+        speed = {
+            **key,
+            "tokens_a_step": config["train"]["batch_size"] * config["model"]["context"],
+            "tokens_per_s": rates[-1],
+        }
+        self.result["speeds"].append(speed)
+        self.write()
+        return speed
+
+    def train(
+        self, name: str, key: dict[str, Any], options: dict[str, Any]
+    ) -> tuple[str, list[dict[str, Any]]]:
+        """Run, or go on with, one run to its end; return its command and its rows."""
+        data, size = key["data"], key["size"]
+        options = {
+            "seed": key["seed"],
+            **SAME[data],
+            **(SCALED[data] if size == "scaled" else {}),
+            "model.patterns": PATTERNS[data][key["pattern"]],
+            **options,
+        }
+        words = [f"--config.{option}={value}" for option, value in options.items()]
+        words += [f"--config.{option}" for option in self.args.options]
+        folder = self.args.workdir / name
+        line = ["-m", "sparse_flax.main", f"--config=configs/{data}.py:short", *words]
+        where = [f"--workdir={folder}", f"--config.data.path={self.given[data]}"]
+        print(f"{name}: {shlex.join(line)}", flush=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with folder.with_suffix(".log").open("a") as log:
+            ended = subprocess.run(
+                [sys.executable, *line, *where],
+                cwd=ROOT,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        if ended.returncode:
+            sys.exit(f"{name} ended with status {ended.returncode}: see {log.name}")
+        if not self.result.get("hardware"):
+            self.result = {**device(), **self.result}
+        return f"python {shlex.join(line)}", read_rows(folder / "metrics.jsonl")
+
+    def stop_if_late(self, seconds: float) -> None:
+        """End, to be called again, if so many seconds of training do not fit."""
+        if self.args.minutes is None:
+            return
+        left = 60 * self.args.minutes - (time.monotonic() - self.began)
+        if left < seconds + OVERHEAD:
+            print("out of time: the same command goes on from here")
+            sys.exit(processes.OUT_OF_TIME)
+
+    def write(self) -> None:
+        """Write what there is."""
+        self.args.out.parent.mkdir(parents=True, exist_ok=True)
+        self.args.out.write_text(json.dumps(self.result, indent=1) + "\n")
+
+
+def device() -> dict[str, Any]:
+    """Return {hardware, versions}, by a process that gives the device back."""
+    code = "import json; from benchmarks import processes as p; print(json.dumps(p.jax_device()))"
+    line = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(line.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    main()
