@@ -6,8 +6,9 @@ A cell is a run of sparse_flax.main, from its start to the score of the whole te
 split: {books, cifar10} x {scaled, full} x {dense, fixed, strided} x {equal steps, equal
 time} x seeds. Within a data set, size and seed, the data and their order are the same,
 and everything but the pattern. `scaled` has the paper's width, heads, context and
-vocabulary and fewer layers, so that it learns enough in that time; `full` is the paper's
-model as far as it gets. Neither has dropout: nothing is seen often enough to overfit.
+vocabulary and fewer layers, so that it learns enough in that time; `full` is the
+paper's model as far as it gets. Neither has dropout: nothing is seen often enough to
+overfit.
 Equal time: what a pattern reaches in --seconds of training, compiling and scoring left
 out, the number of steps by its own measured speed. Equal steps: what it reaches in the
 number of steps that dense attention makes in that time. The schedule ends with the run.
@@ -16,9 +17,9 @@ Finished cells are read from benchmarks/results/table2.json and skipped; a cell 
 stopped goes on from its checkpoint in --workdir. With --minutes no cell begins that
 would not end within them.
 
-Writes {hardware, versions, rows: [{data, size, pattern, budget (steps | time | both),
-seed, parameters, steps, seconds (of training), tokens, tokens_per_s, validation, test
-(bits per byte or dim), command}]}.
+Writes {hardware, versions, trials, rows: [{data, size, pattern, seed, limit_s (the
+--seconds), budget (steps | time | both, of dense), steps, seconds (of training),
+validation, test (bits per byte or dim), command}]}.
 """
 
 from __future__ import annotations
@@ -70,10 +71,10 @@ for options in SAME.values():
         "log.tensorboard": False,
     }
 SCALED = {
-    "books": {"model.layers": 6, "model.unroll": 6, "optim.learning_rate": 2e-3},
-    "cifar10": {"model.layers": 12, "model.unroll": 12, "optim.learning_rate": 2e-3},
+    "books": {"model.layers": 6, "optim.learning_rate": 2e-3},
+    "cifar10": {"model.layers": 12, "optim.learning_rate": 2e-3},
 }
-KEY = ("data", "size", "pattern", "seed")
+KEY = ("data", "size", "pattern", "seed", "limit_s")
 
 
 def main() -> None:
@@ -82,7 +83,7 @@ def main() -> None:
     parser.add_argument("--cifar10", help="as --config.data.path of configs/cifar10.py")
     parser.add_argument("--sizes", default="scaled,full")
     parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--seconds", type=float, default=420, help="of training")
+    parser.add_argument("--seconds", type=int, default=420, help="of training")
     parser.add_argument("--minutes", type=float, help="begin nothing that takes longer")
     parser.add_argument("--workdir", type=Path, default=Path("runs/table2"))
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -98,8 +99,8 @@ def main() -> None:
         for size in args.sizes.split(","):
             for data in given:
                 for pattern in PATTERNS[data]:
-                    bench.cell("time", data, size, pattern, seed)
-                    bench.cell("steps", data, size, pattern, seed)
+                    for budget in ("steps", "time"):
+                        bench.cell(budget, data, size, pattern, seed, args.seconds)
 
 
 class Bench:
@@ -107,7 +108,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, given: dict[str, str]) -> None:
         self.args, self.given, self.began = args, given, time.monotonic()
-        self.result: dict[str, Any] = {"rows": [], "speeds": []}
+        self.result: dict[str, Any] = {"rows": [], "trials": []}
         if args.out.exists():
             self.result = json.loads(args.out.read_text())
 
@@ -116,27 +117,25 @@ class Bench:
         key = dict(zip(KEY, key, strict=True))
         if self.find(budget, **key):
             return
-        speed = self.speed(**{**key, "seed": 0})
-        dense = self.find("time", **{**key, "pattern": "dense"})
-        batch = speed["tokens_a_step"]
-        if budget == "time":
-            steps = int(self.args.seconds * speed["tokens_per_s"] / batch)
+        if key["pattern"] == "dense":
+            # Its speed sets the number of steps, so that one run is both cells.
+            budget, trial = "both", self.trial(key)
+            steps = int(key["limit_s"] * trial["steps_per_s"])
+        elif budget == "steps":
+            steps = self.find("both", **{**key, "pattern": "dense"})["steps"]
         else:
-            steps = dense["steps"]  # which comes first
-        seconds = steps * batch / speed["tokens_per_s"]
-        self.stop_if_late(seconds)
+            same = self.find("steps", **key)
+            steps = int(key["limit_s"] * same["steps"] / same["seconds"])
+        self.stop_if_late(key["limit_s"])
         name = "-".join(str(part) for part in [*key.values(), budget])
         command, rows = self.train(name, key, {"train.steps": steps})
         scores = {row["split"]: row["bits_per_byte"] for row in rows if row["windows"]}
-        rates = [row["tokens_per_s"] for row in rows if row["tokens_per_s"]]
-        # Dense attention sets the number of steps, so that one run is both cells.
+        seconds = steps / self.steps_per_s(name, rows)
         row = {
             **key,
-            "budget": "both" if key["pattern"] == "dense" else budget,
+            "budget": budget,
             "steps": steps,
-            "tokens": steps * batch,
-            "seconds": steps * batch / statistics.median(rates),
-            "tokens_per_s": statistics.median(rates),
+            "seconds": seconds,
             "validation": scores["validation"],
             "test": scores["test"],
             "command": command,
@@ -145,35 +144,35 @@ class Bench:
         self.write()
         print(json.dumps(row), flush=True)
 
-    def find(self, budget: str, **key: Any) -> dict[str, Any] | None:
-        """Return the finished row of a cell."""
-        for row in self.result["rows"]:
-            same = all(row[name] == value for name, value in key.items())
-            if same and row["budget"] in (budget, "both"):
-                return row
-        return None
-
-    def speed(self, **key: Any) -> dict[str, Any]:
-        """Return the measured speed of a model with a pattern, by a short run."""
-        key.pop("seed")
-        for speed in self.result["speeds"]:
-            if all(speed[name] == value for name, value in key.items()):
-                return speed
+    def trial(self, key: dict[str, Any]) -> dict[str, Any]:
+        """Return the measured speed of a model with dense attention."""
+        key = {"data": key["data"], "size": key["size"], "pattern": key["pattern"]}
+        for trial in self.result["trials"]:
+            if trial.items() >= key.items():
+                return trial
         self.stop_if_late(0.0)
         name = "-".join([*key.values(), "trial"])
         options = {"train.steps": TRIAL_STEPS, "eval.max_windows": 8}
         _, rows = self.train(name, {**key, "seed": 0}, options)
+        trial = {**key, "steps_per_s": self.steps_per_s(name, rows)}
+        self.result["trials"].append(trial)
+        self.write()
+        return trial
+
+    def steps_per_s(self, name: str, rows: list[dict[str, Any]]) -> float:
+        """Return the median over a run of its steps a second."""
         config = json.loads((self.args.workdir / name / "config.json").read_text())
         config = config["config"]
+        tokens = config["train"]["batch_size"] * config["model"]["context"]
         rates = [row["tokens_per_s"] for row in rows if row["tokens_per_s"]]
-        speed = {
-            **key,
-            "tokens_a_step": config["train"]["batch_size"] * config["model"]["context"],
-            "tokens_per_s": rates[-1],
-        }
-        self.result["speeds"].append(speed)
-        self.write()
-        return speed
+        return statistics.median(rates) / tokens
+
+    def find(self, budget: str, **key: Any) -> dict[str, Any] | None:
+        """Return the finished row of a cell."""
+        for row in self.result["rows"]:
+            if row.items() >= key.items() and row["budget"] in (budget, "both"):
+                return row
+        return None
 
     def train(
         self, name: str, key: dict[str, Any], options: dict[str, Any]
@@ -224,7 +223,10 @@ class Bench:
 
 def device() -> dict[str, Any]:
     """Return {hardware, versions}, by a process that gives the device back."""
-    code = "import json; from benchmarks import processes as p; print(json.dumps(p.jax_device()))"
+    code = (
+        "import json; from benchmarks.processes import jax_device;"
+        "print(json.dumps(jax_device()))"
+    )
     line = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
