@@ -4,7 +4,9 @@ r"""The best of CIFAR-10 that 25 minutes of one H200 make: cifar10.py, scaled.
         --config.data.path=PATH
 
 Not in the paper. Stopped and started again (the same command) it goes on from its last
-checkpoint.
+checkpoint. 14.4M parameters, 19,500 steps, 12.8 epochs: in 17 minutes, stopped once,
+3.120 bits per dim of 9,968 of the 10,000 test images (one run; RESULTS.md has more). It
+has not overfitted by then: the training loss is the validation score, 3.11.
 """
 
 import runpy
@@ -21,19 +23,20 @@ CIFAR10 = runpy.run_path(str(Path(__file__).with_name("cifar10.py")))
 def get_config(preset: str = "") -> ConfigDict:
     check_preset(preset)
     config = CIFAR10["get_config"]("short")
-    config.model.layers = 12
-    config.model.width = 256
-    config.model.heads = 4
-    config.model.qk_width = 256
-    config.model.feed_forward = 1024
+    config.model.layers = 8
+    config.model.width = 384
+    config.model.heads = 6
+    config.model.qk_width = 384
+    config.model.feed_forward = 1536
     config.model.patterns = "Strided(96)"
     config.model.remat = "none"
-    config.model.unroll = 12
+    config.model.unroll = 4
+
     config.optim.learning_rate = 2e-3
     config.optim.warmup_steps = 200
     config.optim.ema_decay = 0.99
-    config.train.batch_size = 32
-    config.train.steps = 20_000
-    config.eval.every_steps = 1500
-    config.checkpoint.every_steps = 1500
+
+    config.train.steps = 19_500
+    config.eval.every_steps = 2000
+    config.checkpoint.every_steps = 2000
     return config
