@@ -3,9 +3,9 @@ r"""The best of a 100 MB text that 25 minutes of one H200 make: books.py, scaled
     python -m sparse_flax.main --config=configs/books_h200.py --config.data.path=FILE
 
 Not in the paper. Stopped and started again (the same command) it goes on from its last
-checkpoint. 19M parameters, 8,500 steps, 12.4 epochs: in 9 minutes 1.312 bits per byte of
-64 windows, evenly spread, of the test split of 100 MB of books (one run; RESULTS.md has
-more). It overfits from step 6,000 on: for more time, add dropout.
+checkpoint. 19M parameters, 8,500 steps, 12.4 epochs: in 9 minutes 1.312 bits per byte
+of 64 windows, evenly spread, of the test split of 100 MB of books (one run; RESULTS.md
+has more). It overfits from step 6,000 on: for more time, add dropout.
 """
 
 import runpy
