@@ -235,6 +235,7 @@ def test_what_a_config_of_audio_has():
     assert finalize(config)[0].eval.min_context == 60_000
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.slow
 def test_the_laptop_preset_learns_music(tmp_path):
     """What music.py:laptop trains, shrunk to some seconds."""

@@ -87,7 +87,6 @@ def plain(pattern, scale, core=EINSUM):
     return functools.partial(cudnn.attend, pattern=pattern, scale=scale, core=core)
 
 
-@pytest.mark.usefixtures("compiles_quickly")
 @pytest.mark.parametrize(
     ("pattern", "shape"),
     [  # B, T, H, H_kv, K, V
@@ -113,7 +112,6 @@ def test_equals_the_mask(pattern, shape):
     assert_close(got, by_hand(*args[:3], pattern, args[3]), 2e-5)
 
 
-@pytest.mark.usefixtures("compiles_quickly")
 @pytest.mark.parametrize("pattern", [Strided(5), Fixed(3, 2)], ids=str)
 @pytest.mark.parametrize("T", [1, 4, 7, 13, 22, 39])
 def test_pieces_are_disjoint_and_make_up_the_mask(pattern, T):
@@ -138,7 +136,6 @@ def test_pieces_are_disjoint_and_make_up_the_mask(pattern, T):
     np.testing.assert_array_equal(seen[1:, 1:], pattern.mask(T))
 
 
-@pytest.mark.usefixtures("compiles_quickly")
 def test_large_logits_where_queries_look_at_themselves():
     """Strict columns and a band, where self is nearly all or nearly none of the sum."""
     q, k, v, d_out = inputs((1, 24, 2, 2, 8, 8))
@@ -153,7 +150,6 @@ def test_large_logits_where_queries_look_at_themselves():
             np.testing.assert_allclose(a, b, atol=2e-4 * np.abs(b).max())
 
 
-@pytest.mark.usefixtures("compiles_quickly")
 def test_vmap_and_checkpoint():
     args = inputs((3, 20, 2, 1, 4, 4))
     run = plain(Strided(4), 0.5)

@@ -22,8 +22,6 @@ from sparse_flax.attention import (
     reference,
 )
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 # B, T, H, H_kv, K, V: T no multiple of any block; grouped heads, V other than K.
 SHAPES = [(2, 37, 6, 6, 8, 8), (1, 21, 4, 2, 8, 4)]
 ONE_TOKEN = (1, 1, 2, 1, 4, 4)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import jax
 import pytest
-from test_train import compile_once as compile_once  # an autouse fixture
 from test_train import listing, rows, tiny, write_text
 
 from sparse_flax import eval_run

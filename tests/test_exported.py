@@ -17,8 +17,6 @@ from sparse_flax.sample_images import MARK, UNKNOWN, make_sheet
 from sparse_flax.sample_run import SampleRun
 from sparse_flax.saved_config import get_config
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 SIZE, RATE = 4, 16  # pixels, samples a second: 48 bytes are an image and 3 seconds
 
 

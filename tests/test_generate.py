@@ -14,8 +14,6 @@ from sparse_flax import decoder, generate
 from sparse_flax.attention import Columns, Dense, Fixed, Local, PerHead, Strided
 from sparse_flax.model import ModelConfig
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 CONFIG = ModelConfig(
     context=37,
     layers=2,
@@ -187,11 +185,10 @@ def compiled_loop(pattern):
     )
     weights = jax.eval_shape(decoder.decoder, model)
     lowered = generate._sample.lower(weights, caches, *args, reach=T)
-    # As ever, whatever the other tests do.
-    options = {"xla_llvm_disable_expensive_passes": False}
-    return lowered.compile(compiler_options=options).as_text(), caches
+    return lowered.compile().as_text(), caches
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize(("pattern", "expected"), READS, ids=str)
 def test_the_compiled_loop_reads_what_the_pattern_sees_and_copies_no_cache(
     pattern, expected

@@ -517,9 +517,7 @@ def tiny(album, tmp_path, **options):
     return config
 
 
-def test_a_folder_trains_and_is_scored_in_bits_per_dim(
-    album, tmp_path, compiles_quickly
-):
+def test_a_folder_trains_and_is_scored_in_bits_per_dim(album, tmp_path):
     cheap = {"model.layers": 1, "model.patterns": "Strided(24)", "train.steps": 6}
     config = tiny(album, tmp_path, **cheap, **{"eval.every_steps": 0})
     lines = []
@@ -586,6 +584,7 @@ def test_what_does_not_fit_images_is_said():
     sentence(lambda: finalize(text), "contradicts data.name='tfds:mine'")
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.slow
 def test_the_laptop_preset_learns_pictures(tmp_path):
     """What cifar10.py:laptop and images.py:laptop train, shrunk to some seconds."""

@@ -57,6 +57,7 @@ def test_an_overflow_skips_the_step_and_halves_the_scale_across_a_restart(
     assert int(state.loss_scale.good_steps) == [*good[::-1], False].index(False)
 
 
+@pytest.mark.slow
 def test_float16_learns_what_bfloat16_does(tmp_path, text):
     """On a tiny model; the README has the quickstart's figures."""
     ends = {}

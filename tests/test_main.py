@@ -238,8 +238,8 @@ def limited(here, kilobytes, *arguments):
     options = command(here, *arguments)
     limit = f"ulimit -f {kilobytes}; exec " + '"$@"'
     options["args"] = ["bash", "-c", limit, "bash", *options["args"]]
-    # A compiled program is such a file.
-    options["env"]["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+    # A compiled program is such a file: those there are read, and none is written.
+    options["env"]["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "3600"
     return subprocess.run(**options, capture_output=True, text=True, timeout=120)
 
 

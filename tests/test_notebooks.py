@@ -16,7 +16,6 @@ def test_a_notebook_runs_whole(path, tmp_path, monkeypatch):
     monkeypatch.setenv("SPARSE_FLAX_SMALL", "1")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     notebook = nbformat.read(path, 4)
     where = {"metadata": {"path": str(tmp_path)}}

@@ -144,6 +144,7 @@ def loss_and_gradients(model, batch, key):
     return jax.value_and_grad(loss)(model)
 
 
+@pytest.mark.usefixtures("optimised")
 def test_three_steps_equal_adam_by_hand():
     """Clip, Adam (algorithm 1 of its paper), decoupled decay, rate, average."""
     o, now = CONFIG.optim, noisy_state()

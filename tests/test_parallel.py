@@ -77,7 +77,6 @@ def spread(args, *sizes):
     return [jax.device_put(x, SPEC) for x in args]
 
 
-@pytest.mark.usefixtures("compiles_quickly")
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 8), (2, 1, 2, 2)], ids=str)
 @pytest.mark.parametrize(
     "pattern",
@@ -93,7 +92,6 @@ def test_equals_one_device(pattern, sizes):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("compiles_quickly")
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_an_axis_of_one_device_sends_nothing(pattern):
     args = inputs((2, 16, 4, 4, 4, 4))
@@ -105,7 +103,6 @@ def test_an_axis_of_one_device_sends_nothing(pattern):
     assert not sent
 
 
-@pytest.mark.usefixtures("compiles_quickly")
 @pytest.mark.parametrize("devices", [3, pytest.param(6, marks=pytest.mark.slow)])
 def test_any_number_of_devices(devices):
     pattern = PerHead((Fixed(2, 1), Strided(4)))
@@ -144,6 +141,7 @@ def collectives(run, *args):
     return found
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize(
     ("pattern", "kinds"),
     [
@@ -220,7 +218,6 @@ def test_refuses_implementations_that_need_the_whole_sequence():
 # ---- Kernels -----------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("compiles_quickly")
 @pytest.mark.parametrize(
     "pattern",
     [

@@ -12,8 +12,6 @@ from sparse_flax import generate
 from sparse_flax.attention import Fixed
 from sparse_flax.model import START, ModelConfig
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 CONFIG = ModelConfig(
     context=40,
     layers=2,

@@ -4,7 +4,6 @@ import jax
 import numpy as np
 import pytest
 from test_eval_run import command, copied, text, trained  # noqa: F401, fixtures
-from test_train import compile_once as compile_once  # an autouse fixture
 from test_train import listing, tiny
 
 from sparse_flax import export_run, exported, train

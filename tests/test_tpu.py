@@ -64,7 +64,6 @@ def slow(*case):
     return pytest.param(*case, marks=pytest.mark.slow)
 
 
-@pytest.mark.usefixtures("compiles_quickly")
 @pytest.mark.parametrize(
     ("pattern", "shape", "calls"),
     [  # B, T, H, H_kv, K, V
@@ -89,7 +88,6 @@ def test_equals_the_mask(pattern, shape, calls):
     assert calls_of_splash(pattern, shape[:3] + shape[4:5]) == calls
 
 
-@pytest.mark.usefixtures("compiles_quickly")
 def test_shards_compute_alone_what_one_device_does(monkeypatch):
     """Through sparse_attention, which must tell shard_map what splash does not."""
     monkeypatch.setattr(dispatch, "target_device_kind", lambda: V5E)

@@ -37,8 +37,6 @@ from sparse_flax.model import ModelConfig
 from sparse_flax.visualize import over
 from sparse_flax.visualize.__main__ import entry_point, main
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 CONFIG = ModelConfig(
     context=48,
     layers=2,
