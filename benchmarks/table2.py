@@ -120,12 +120,12 @@ class Bench:
         if key["pattern"] == "dense":
             # Its speed sets the number of steps, so that one run is both cells.
             budget, trial = "both", self.trial(key)
-            steps = int(key["limit_s"] * trial["steps_per_s"])
+            steps = max(1, int(key["limit_s"] * trial["steps_per_s"]))
         elif budget == "steps":
             steps = self.find("both", **{**key, "pattern": "dense"})["steps"]
         else:
             same = self.find("steps", **key)
-            steps = int(key["limit_s"] * same["steps"] / same["seconds"])
+            steps = max(1, int(key["limit_s"] * same["steps"] / same["seconds"]))
         self.stop_if_late(key["limit_s"])
         name = "-".join(str(part) for part in [*key.values(), budget])
         command, rows = self.train(name, key, {"train.steps": steps})

@@ -1,6 +1,6 @@
-"""Write the README's tables from the benchmarks' JSON files and from the code.
+"""Write tables from the benchmarks' JSON files and from the code.
 
-    python benchmarks/tables.py            # rewrites README.md between its markers
+    python benchmarks/tables.py            # README.md, RESULTS.md, between the markers
     python benchmarks/tables.py --check    # changes nothing; exit status 1 if it would
 
 A table named `attention` stands between `<!-- table attention -->` and `<!-- end -->`.
@@ -13,6 +13,7 @@ import json
 import math
 import pathlib
 import re
+import statistics
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -24,6 +25,7 @@ from sparse_flax.devices import GIB  # noqa: E402
 RESULTS = ROOT / "benchmarks" / "results"
 
 
+FILES = ("README.md", "RESULTS.md")
 DENSE, CUDNN, TORCH = "Dense()", "dense cuDNN", "PyTorch"
 
 
@@ -286,6 +288,50 @@ def scaling_table(result: dict) -> str:
     return f"{_markdown(lines)}\n\n{note} {_on(result)}"
 
 
+PAPER_TABLE2 = {
+    ("books", "dense"): "1.00 (enwik8)",
+    ("books", "fixed"): "0.99 (enwik8)",
+    ("books", "strided"): "1.13 (enwik8)",
+    ("cifar10", "dense"): "2.82",
+    ("cifar10", "fixed"): "2.85",
+    ("cifar10", "strided"): "2.80",
+}
+
+
+def table2_table(result: dict) -> str:
+    """A line a model and pattern: test scores, the median over seeds."""
+    names = "size", "data", "limit_s", "pattern"
+    cells: dict[tuple, list[dict]] = {}
+    for row in result["rows"]:
+        cells.setdefault(tuple(row[name] for name in names), []).append(row)
+    head = "model, seconds, pattern, paper, equal steps, equal time, steps in that time"
+    lines = [head.split(", ")]
+    for (size, data, limit, pattern), rows in cells.items():
+        steps, time = (
+            [row for row in rows if row["budget"] in (budget, "both")]
+            for budget in ("steps", "time")
+        )
+        lines.append(
+            [
+                f"{data}, {size}",
+                f"{limit}",
+                pattern,
+                PAPER_TABLE2[data, pattern],
+                _over_seeds([row["test"] for row in steps]),
+                _over_seeds([row["test"] for row in time]),
+                f"{time[0]['steps']:,}" if time else "",
+            ]
+        )
+    return f"{_markdown(lines)}\n\n{_on(result)}"
+
+
+def _over_seeds(scores: list[float]) -> str:
+    if len(scores) < 2:
+        return "".join(f"{score:.3f}" for score in scores)
+    middle = statistics.median(scores)
+    return f"{middle:.3f} ({min(scores):.3f} to {max(scores):.3f}, {len(scores)} seeds)"
+
+
 def _on(result: dict) -> str:
     versions = result["versions"]
     if not isinstance(versions, str):
@@ -322,6 +368,8 @@ def tables() -> dict[str, str]:
         made["context_bytes"] = context_bytes_table(result)
     if result := _result("scaling"):
         made["scaling"] = scaling_table(result)
+    if result := _result("table2"):
+        made["table2"] = table2_table(result)
     return made
 
 
@@ -330,14 +378,14 @@ def _result(name: str) -> dict | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def fill(text: str, made: dict[str, str]) -> str:
+def fill(text: str, made: dict[str, str], file: str = FILES[0]) -> str:
     """Put each table between its markers."""
 
     def one(match: re.Match) -> str:
         name = match[1]
         if name not in made:
             sys.exit(
-                f"README.md has a table {name!r}, which is none of {', '.join(made)}; "
+                f"{file} has a table {name!r}, which is none of {', '.join(made)}; "
                 "run its benchmark first"
             )
         return f"<!-- table {name} -->\n{made[name]}\n<!-- end -->"
@@ -347,16 +395,18 @@ def fill(text: str, made: dict[str, str]) -> str:
 
 
 def main() -> None:
-    """Rewrite or check README.md."""
+    """Rewrite or check the files."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="only compare")
     options = parser.parse_args()
-    path = ROOT / "README.md"
-    old = path.read_text()
-    new = fill(old, tables())
-    if options.check:
-        sys.exit("README.md is behind; run benchmarks/tables.py" if new != old else 0)
-    path.write_text(new)
+    made = tables()
+    for name in FILES:
+        old = (ROOT / name).read_text()
+        new = fill(old, made, name)
+        if not options.check:
+            (ROOT / name).write_text(new)
+        elif new != old:
+            sys.exit(f"{name} is behind; run benchmarks/tables.py")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from benchmarks import (
     figures,
     processes,
     sampling,
+    table2,
     tables,
 )
 from sparse_flax import attention as public
@@ -263,6 +264,54 @@ def test_sampling_rows_and_table(monkeypatch):
     table = tables.sampling_table(result | {"rows": [row, whole]})
     assert "| 0.50 (10%) at 42, 0.60 (0%) at 1,000 |" in table
     assert "| cifar10 | `Local(96)` | 64 | 19,661 |  | 10.0 |" in table
+
+
+@pytest.mark.slow
+def test_table2_trains_every_cell_once(monkeypatch, tmp_path, capsys):
+    text = np.random.default_rng(0).integers(97, 101, 40_000).astype(np.uint8)
+    (tmp_path / "text").write_bytes(text.tobytes())
+    out, workdir = tmp_path / "table2.json", tmp_path / "runs"
+    monkeypatch.setattr(table2, "TRIAL_STEPS", 2)
+    fewer = {name: table2.PATTERNS["books"][name] for name in ("dense", "fixed")}
+    monkeypatch.setitem(table2.PATTERNS, "books", fewer)
+    call = ["table2.py", "--books", str(tmp_path / "text"), "--out", str(out)]
+    call += ["--workdir", str(workdir), "--sizes", "scaled", "--seeds", "1"]
+    call += ["--seconds", "1", "--minutes", "9"]
+    call += ["--try", "model.layers=1", "model.width=16", "model.feed_forward=32"]
+    call += ["model.context=512", "train.batch_size=2", "eval.max_windows=2"]
+    call += ["model.dtype=float32", "optim.warmup_steps=1"]
+    monkeypatch.setattr(sys, "argv", call)
+    table2.main()
+    result = json.loads(out.read_text())
+    dense, *sparse = result["rows"]
+    kinds = [(row["pattern"], row["budget"]) for row in result["rows"]]
+    assert kinds == [
+        ("dense", "both"),
+        ("fixed", "steps"),
+        ("fixed", "time"),
+    ]
+    assert sparse[0]["steps"] == dense["steps"]
+    assert all(0 < row["test"] <= 8.1 for row in result["rows"])
+    assert "| books, scaled | 1 | fixed |" in tables.table2_table(result)
+    # Finished cells are skipped, and what does not fit is not begun.
+    capsys.readouterr()
+    table2.main()
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(sys, "argv", [*call, "--seeds", "2", "--minutes", "0.1"])
+    with pytest.raises(SystemExit) as ended:
+        table2.main()
+    assert ended.value.code == processes.OUT_OF_TIME
+    assert json.loads(out.read_text()) == result
+
+
+def test_table2_of_several_seeds():
+    row = {"data": "cifar10", "size": "full", "limit_s": 420, "pattern": "dense"}
+    row |= {"budget": "both", "steps": 1234}
+    rows = [row | {"seed": i, "test": test} for i, test in enumerate([3.1, 3.3, 3.2])]
+    table = tables.table2_table({"hardware": "it", "versions": {}, "rows": rows})
+    scores = "3.200 (3.100 to 3.300, 3 seeds)"
+    line = f"| cifar10, full | 420 | dense | 2.82 | {scores} | {scores} | 1,234 |"
+    assert line in table
 
 
 def test_tables_go_between_their_markers():
