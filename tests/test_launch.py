@@ -201,6 +201,9 @@ def test_slurm_starts_what_was_asked_for():
         (["gke.sh", "apply"], "--image=... is missing"),
         (["gke.sh", "xpk", "--image=i"], "--cluster=... is missing"),
         (["gke.sh", "--zoen=x"], "--zoen=x is neither"),
+        (["turns.sh", "ten", "out", *FLAGS], "call it as launch/turns.sh SECONDS OUT"),
+        (["turns.sh", "10", "out", *FLAGS], "--workdir=FOLDER"),
+        (["turns.sh", "10", "out", "--mode=eval", "--workdir=x"], "leave it out"),
     ],
 )
 def test_a_mistake_gets_a_sentence(arguments, sentence):
@@ -226,3 +229,46 @@ def test_slurm_queues_again_what_ran_out_of_time(tmp_path, status, left, requeue
         env=os.environ | job | path,
     )
     assert (done.stdout, done.returncode) == ("requeue 7\n" * requeued, status)
+
+
+def test_turns_are_to_train_to_score_and_to_sample():
+    flags = [*FLAGS, "--workdir=w"]
+    train, score, sample = dry_run("turns.sh", "10", "out", *flags)
+    begin = ["python3", "-m", "sparse_flax.main"]
+    assert train == [*begin, *flags]
+    assert score == [*begin, "--mode=eval", *flags, "--config.eval.max_windows=0"]
+    assert sample == [*begin, "--mode=sample", *flags]
+
+
+def test_a_turn_goes_on_where_the_last_one_was_stopped(tmp_path):
+    run, out = tmp_path / "runs" / "mine", tmp_path / "out"
+    # Trains until it is stopped, the first time; everything else is done at once.
+    stand_in = f"""#!/bin/sh
+        mkdir -p {run}
+        echo "$*" >> {tmp_path}/calls
+        [ -e {run}/loss.png ] && exit 0
+        touch {run}/loss.png
+        trap 'exit 143' TERM
+        sleep 30 & wait
+    """
+    (tmp_path / "python").write_text(stand_in)
+    (tmp_path / "python").chmod(0o755)
+
+    def turn(seconds):
+        return subprocess.run(
+            [ROOT / "launch/turns.sh", seconds, out, f"--workdir={run}"],
+            env=os.environ | {"PYTHON": str(tmp_path / "python")},
+            capture_output=True,
+            text=True,
+        )
+
+    first = turn("1")
+    assert first.returncode == 75
+    assert first.stdout == "trained: out of time; the same command goes on\n"
+    assert sorted(path.name for path in out.iterdir()) == ["log.txt", "loss.png"]
+    assert [turn("60").returncode for _ in range(2)] == [0, 0]
+    main = f"-m sparse_flax.main --workdir={run}"
+    evaluate = main.replace("--workdir", "--mode=eval --workdir")
+    sample = main.replace("--workdir", "--mode=sample --workdir")
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls == [main, main, f"{evaluate} --config.eval.max_windows=0", sample]
