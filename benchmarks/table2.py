@@ -9,6 +9,7 @@ and everything but the pattern. `scaled` has the paper's width, heads, context a
 vocabulary and fewer layers, so that it learns enough in that time; `full` is the
 paper's model as far as it gets. Neither has dropout: nothing is seen often enough to
 overfit.
+
 Equal time: what a pattern reaches in --seconds of training, compiling and scoring left
 out, the number of steps by its own measured speed. Equal steps: what it reaches in the
 number of steps that dense attention makes in that time. The schedule ends with the run.
