@@ -240,8 +240,14 @@ def entry_point() -> None:
         _end(
             130, "interrupted; the same command goes on from what was said to be saved"
         )
-    except Exception as error:  # whose traceback absl has printed
-        processes.fail(1, " ".join(f"{type(error).__name__}: {error}".split())[:300])
+    except Exception as error:
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        if processes.count() > 1:  # which ends before Python would print these
+            traceback.print_exc()
+            where = f"process {processes.index()} of {processes.count()}"
+            sentence = f"error: {where} failed ({what}); {processes.GO_ON}"
+            print(sentence, file=sys.stderr, flush=True)
+        processes.fail(1, what)
         raise
 
 

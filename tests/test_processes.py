@@ -124,21 +124,25 @@ class Job:
         return found
 
     def end(self, expected, seconds=200):
-        """Wait until all have ended, and compare their exit statuses."""
+        """Wait until all have ended, each with its status, or with one of several."""
         until = time.monotonic() + seconds
         statuses = [
             process.wait(max(until - time.monotonic(), 0.1))
             for process in self.processes
         ]
         time.sleep(0.2)  # what outlives one that was killed may have the last word
-        assert statuses == expected, "".join(map(self.text, range(len(statuses))))
+        allowed = [each if isinstance(each, tuple) else (each,) for each in expected]
+        assert all(map(tuple.__contains__, allowed, statuses)), (
+            f"{statuses} {''.join(map(self.text, range(len(statuses))))}"
+        )
 
     def kill_in_the_middle(self, victim, step):
         """Kill one with -9 in or after a step; return what another one said then."""
         self.wait_for(f"step {step}/")
         time.sleep(random.random() / 2)
         os.kill(self.processes[victim].pid, signal.SIGKILL)
-        aborted = -signal.SIGABRT if victim == 0 else 1  # by jax, and by us
+        # Of the death of process 0 either jax hears first, and aborts, or we do.
+        aborted = (-signal.SIGABRT, 1) if victim == 0 else 1
         expected = [aborted, aborted]
         expected[victim] = -signal.SIGKILL
         self.end(expected, seconds=60)
@@ -223,13 +227,43 @@ def test_two_processes_train_and_one_speaks(straight):
     assert steps == {"4", "8", "12"}
 
 
+def test_what_nobody_expected_is_shown_before_one_of_several_ends():
+    script = """if True:
+        import os, sys
+        from sparse_flax import main, processes
+
+        def run(argv):
+            raise RuntimeError("the peer is gone")
+
+        def end(status, sentence):
+            sys.stdout.write(f"told the others: {sentence}")
+            sys.stdout.flush()
+            os._exit(status)
+
+        main.main, processes.count, processes.fail = run, lambda: 2, end
+        sys.argv = ["main"]
+        main.entry_point()
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 1
+    assert done.stdout == "told the others: RuntimeError: the peer is gone"
+    assert "Traceback" in done.stderr
+    assert done.stderr.splitlines()[-1] == (
+        "error: process 0 of 2 failed (RuntimeError: the peer is gone); the same "
+        "command on all hosts goes on from the last checkpoint"
+    )
+
+
 @pytest.mark.slow
 def test_killed_and_told_to_stop_it_goes_on_and_nothing_is_lost(here, straight):
     often = "--config.checkpoint.every_steps=2"
     with Job(here, "killed", often) as job:
         text = job.kill_in_the_middle(1, random.randint(3, 6))
-    assert "process 1 on" in text and "no sign of life" in text, text
-    assert "ends, too; the same command on all hosts goes on" in text, text
+    # Either we hear nothing of it any more, or what the devices wait for breaks off.
+    why = r"process 1 on .* no sign of life .* ends, too|process 0 of 2 failed \(.*\)"
+    assert re.search(f"error: ({why}); the same command on all hosts goes", text), text
 
     # Stopped in an evaluation, which goes on long enough.
     whole = "--config.eval.every_steps=1", "--config.eval.max_windows=0"
@@ -245,7 +279,7 @@ def test_killed_and_told_to_stop_it_goes_on_and_nothing_is_lost(here, straight):
     with Job(here, "killed", often) as job:
         text = job.kill_in_the_middle(0, random.randint(step + 1, 10))
         assert f"from the checkpoint at step {step}" in job.text(0)
-    assert "or because process 0 was; the same command" in text, text
+    assert re.search("(because process 0 was|ends, too); the same command", text), text
 
     with Job(here, "killed", "--config.eval.sample_bytes=3") as job:
         job.end([0, 0])
