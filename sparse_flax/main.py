@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import sys
@@ -177,7 +178,7 @@ def add_saved_config(argv: list[str]) -> list[str]:
     Before flags are parsed, because --config.eval.split=... needs a configuration.
     """
     given: dict[str, str] = {}
-    for flag, following in zip(argv[1:], [*argv[2:], ""], strict=True):
+    for flag, following in itertools.pairwise([*argv[1:], ""]):
         if found := re.match(r"--?(mode|workdir|model|config)(=|$)", flag):
             given[found[1]] = flag[found.end() :] if found[2] else following
     folder = given.get("workdir", "")

@@ -111,6 +111,14 @@ def assert_refused(result, *sentences):
     assert "Traceback" not in result.stdout
 
 
+def test_without_a_flag_it_asks_for_one(here):
+    line = [sys.executable, "-m", "sparse_flax.main"]
+    result = subprocess.run(
+        line, capture_output=True, text=True, env=environment(here), cwd=here
+    )
+    assert_refused(result, "--config is missing; try --config=configs/quickstart.py")
+
+
 @pytest.fixture(scope="module")
 def straight(here):
     """The command as the README has it, never interrupted."""
