@@ -547,7 +547,9 @@ def test_kill_in_the_middle_of_saving(tmp_path, kills):
     state = namespace["state"]
     rng = random.Random(kills)
     announced = torn = 0
-    for _ in range(kills):
+    for number in range(10 * kills):
+        if number >= kills and torn:  # chance may miss every save for a while
+            break
         child = subprocess.Popen(
             [sys.executable, str(saver), str(directory)],
             env=os.environ
@@ -577,5 +579,5 @@ def test_kill_in_the_middle_of_saving(tmp_path, kills):
         assert found[0] >= max(saved, default=announced)
         assert_same(found[1], state(found[0]))
         announced = found[0]
-    print(f"{kills} kills, {torn} in the middle of a save, {announced} steps committed")
+    print(f"{number} kills, {torn} in the middle of a save, {announced} steps saved")
     assert torn
