@@ -59,18 +59,17 @@ PATTERNS = {
 }
 # What differs from configs/{books,cifar10}.py:short, which have the paper's sizes. The
 # positions are the same whatever the pattern, and so is what is computed again.
-SAME = {
+OF_DATA = {
     "books": {"model.position_shape": "(96, 128)"},
     "cifar10": {"optim.warmup_steps": 150},
 }
-for options in SAME.values():
-    options |= {
-        "eval.max_windows": 0,
-        "eval.every_steps": 0,
-        "eval.sample_bytes": 0,
-        "checkpoint.every_steps": 0,  # at the end, and where it is stopped
-        "log.tensorboard": False,
-    }
+OF_ALL = {
+    "eval.max_windows": 0,
+    "eval.every_steps": 0,
+    "eval.sample_bytes": 0,
+    "checkpoint.every_steps": 0,  # at the end, and where it is stopped
+    "log.tensorboard": False,
+}
 SCALED = {
     "books": {"model.layers": 6, "optim.learning_rate": 2e-3},
     "cifar10": {"model.layers": 12, "optim.learning_rate": 2e-3},
@@ -147,7 +146,7 @@ class Bench:
 
     def trial(self, key: dict[str, Any]) -> dict[str, Any]:
         """Return the measured speed of a model with dense attention."""
-        key = {"data": key["data"], "size": key["size"], "pattern": key["pattern"]}
+        key = {name: key[name] for name in ("data", "size", "pattern")}
         for trial in self.result["trials"]:
             if trial.items() >= key.items():
                 return trial
@@ -182,7 +181,8 @@ class Bench:
         data, size = key["data"], key["size"]
         options = {
             "seed": key["seed"],
-            **SAME[data],
+            **OF_DATA[data],
+            **OF_ALL,
             **(SCALED[data] if size == "scaled" else {}),
             "model.patterns": PATTERNS[data][key["pattern"]],
             **options,

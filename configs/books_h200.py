@@ -1,4 +1,4 @@
-r"""The best of a 100 MB text that 25 minutes of one H200 make: books.py, scaled.
+"""The best that we made of a 100 MB text in minutes of one H200: books.py, scaled.
 
     python -m sparse_flax.main --config=configs/books_h200.py --config.data.path=FILE
 

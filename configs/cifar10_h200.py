@@ -1,4 +1,4 @@
-r"""The best of CIFAR-10 that 25 minutes of one H200 make: cifar10.py, scaled.
+r"""The best that we made of CIFAR-10 in minutes of one H200: cifar10.py, scaled.
 
     python -m sparse_flax.main --config=configs/cifar10_h200.py \
         --config.data.path=PATH

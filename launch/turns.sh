@@ -2,7 +2,7 @@
 # A run on machines that are lent for minutes: trained in turns, then scored and sampled.
 #
 #   launch/turns.sh SECONDS OUT --config=configs/cifar10.py --workdir=runs/cifar10 \
-#       --config.mesh.data=8 --config.train.batch_size=128 --config.eval.batch_size=128
+#       --config.mesh.data=8 --config.train.batch_size=64 --config.eval.batch_size=64
 #   launch/turns.sh --dry-run SECONDS OUT --config=...    # prints what it would run
 #
 # Whatever is left after SECONDS gets a SIGTERM: training saves and ends, and the exit
