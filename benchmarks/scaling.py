@@ -1,12 +1,14 @@
 """Time the train step on one device and over several, and compare the losses.
 
-    python benchmarks/scaling.py                # all devices that are here
+    python benchmarks/scaling.py                # all devices here, a half, a quarter ..
+    python benchmarks/scaling.py --devices 4    # one device and four
     python benchmarks/scaling.py --quick        # small models: whether it runs
 
-enwik8's model with Strided(128), 8 rows a device along mesh.data, 8 in all along
-mesh.tensor; the music model, one row of 65,536 tokens, along mesh.context. Random
-bytes; along mesh.data every device has the same rows, so that loss and gradient are
-those of one device. Each case runs three steps to warm up and then ten.
+enwik8's model with Strided(128), 8 rows a device along mesh.data and mesh.fsdp, 8 in
+all along mesh.tensor; the music model, one row of 65,536 tokens, along mesh.context.
+Random bytes; every device has the same rows along mesh.data and mesh.fsdp, so that loss
+and gradient are those of one device. Each case runs three steps to warm up and then
+ten. The largest number of devices comes first, and rows are written as they come.
 
 Writes benchmarks/results/scaling.json: {hardware, versions, command, rows: [{model,
 pattern, batch_size, context, mesh, tokens_per_s, step_ms, times (of one device),
@@ -40,7 +42,7 @@ from sparse_flax.train_step import make_train_step  # noqa: E402
 STEPS = 10
 # (model, pattern or '' for its own, rows, axes of the mesh)
 CASES = [
-    ("enwik8", "Strided(128)", 8, ("data", "tensor")),
+    ("enwik8", "Strided(128)", 8, ("data", "fsdp", "tensor")),
     ("music", "", 1, ("context",)),
 ]
 
@@ -49,19 +51,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small models")
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--devices", type=int, nargs="+", help="default: all, and halves")
     args = parser.parse_args()
-    devices = jax.device_count()
-    if devices == 1:
+    there = jax.device_count()
+    if there == 1:
         sys.exit("one device is here; there is nothing to compare it with")
+    numbers = args.devices or halves(there)
+    if wrong := [n for n in numbers if not 2 <= n <= there]:
+        sys.exit(f"--devices {wrong[0]}: {there} are here; name numbers from 2 to {there}")
     record = {
         **processes.jax_device(),
         "command": f"python {shlex.join(sys.argv)}",
         "rows": [],
     }
-    record["hardware"] = f"{devices} x {record['hardware']}"
+    record["hardware"] = f"{there} x {record['hardware']}"
     for model, pattern, rows, axes in CASES:
         alone = alone_bits = None
-        for axis in ("", *axes):
+        several = [(axis, n) for n in numbers for axis in axes]
+        for axis, devices in [("", 1), *several]:
             row, bits = measure(model, pattern, rows, axis, devices, args.quick)
             alone, alone_bits = alone or row, alone_bits or bits
             row["times"] = axis and row["tokens_per_s"] / alone["tokens_per_s"]
@@ -70,6 +77,11 @@ def main() -> None:
             args.output.parent.mkdir(exist_ok=True, parents=True)
             args.output.write_text(json.dumps(record, indent=1) + "\n")
             print(row, flush=True)
+
+
+def halves(devices: int) -> list[int]:
+    """Return a number of devices, half of it, and so on, down to two."""
+    return [devices >> k for k in range(devices.bit_length() - 1)]
 
 
 def measure(
@@ -82,7 +94,7 @@ def measure(
     if quick:
         config.model.layers, config.model.width, config.model.context = 2, 64, 4096
         config.model.heads, config.model.unroll = 4, 1
-    copies = devices if axis == "data" else 1
+    copies = devices if axis in ("data", "fsdp") else 1
     config.train.batch_size = config.eval.batch_size = rows * copies
     if axis:
         config.mesh[axis] = devices

@@ -24,6 +24,7 @@ Presets:
     short     the model at full size for four minutes of one H200: with train.steps=860,
               half an epoch, 4.436 bits per dim of 9,968 of the 10,000 test images (one
               run; the README has completions)
+    half_hour the model at full size for half an hour of four GPUs of one host, batch 64
 """
 
 from ml_collections import ConfigDict
@@ -32,7 +33,7 @@ from sparse_flax.config import check_preset, defaults
 
 
 def get_config(preset: str = "") -> ConfigDict:
-    check_preset(preset, "merged", "laptop", "short", "colab")
+    check_preset(preset, "merged", "laptop", "short", "half_hour", "colab")
     config = defaults()
     config.data.name = "cifar10"
 
@@ -60,6 +61,8 @@ def get_config(preset: str = "") -> ConfigDict:
         shrink(config)
     if preset == "short":
         hurry(config)
+    if preset == "half_hour":
+        for_half_an_hour(config)
     if preset == "colab":
         for_colab(config)
     return config
@@ -82,6 +85,25 @@ def hurry(config: ConfigDict) -> None:
     config.eval.every_steps = 250
     config.eval.max_windows = 256
     config.checkpoint.every_steps = 250
+
+
+def for_half_an_hour(config: ConfigDict) -> None:
+    """Learn fast, on four GPUs: a dozen epochs, so still nothing to regularise."""
+    hurry(config)
+    config.model.unroll = 32  # no loop over layers: a third less memory traffic
+    config.mesh.data = 4
+
+    config.optim.learning_rate = 8e-4
+    config.optim.warmup_steps = 500
+    config.optim.ema_decay = 0.99
+
+    config.train.batch_size = 64
+    config.train.steps = 12_000
+    config.eval.batch_size = 64
+    config.eval.every_steps = 1000
+    config.eval.max_windows = 512
+    config.checkpoint.every_steps = 1000
+    config.sample.rows = 16
 
 
 def for_colab(config: ConfigDict) -> None:
