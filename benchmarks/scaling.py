@@ -51,14 +51,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small models")
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--devices", type=int, nargs="+", help="default: all, and halves")
+    parser.add_argument("--devices", type=int, nargs="+", help="default: all, halves")
     args = parser.parse_args()
     there = jax.device_count()
     if there == 1:
         sys.exit("one device is here; there is nothing to compare it with")
     numbers = args.devices or halves(there)
     if wrong := [n for n in numbers if not 2 <= n <= there]:
-        sys.exit(f"--devices {wrong[0]}: {there} are here; name numbers from 2 to {there}")
+        sys.exit(f"--devices {wrong[0]}: name numbers from 2 to {there}, all that are here")
     record = {
         **processes.jax_device(),
         "command": f"python {shlex.join(sys.argv)}",
