@@ -58,7 +58,7 @@ def main() -> None:
         sys.exit("one device is here; there is nothing to compare it with")
     numbers = args.devices or halves(there)
     if wrong := [n for n in numbers if not 2 <= n <= there]:
-        sys.exit(f"--devices {wrong[0]}: name numbers from 2 to {there}, all that are here")
+        sys.exit(f"--devices {wrong[0]}: name numbers from 2 to {there}")
     record = {
         **processes.jax_device(),
         "command": f"python {shlex.join(sys.argv)}",

@@ -24,7 +24,7 @@ Presets:
     short     the model at full size for four minutes of one H200: with train.steps=860,
               half an epoch, 4.436 bits per dim of 9,968 of the 10,000 test images (one
               run; the README has completions)
-    half_hour the model at full size for half an hour of four GPUs of one host, batch 64.
+    half_hour the model at full size for half an hour of four GPUs, batch 64.
               On four H100s 1.1M tokens/s (one run, not finished)
 """
 
