@@ -94,7 +94,7 @@ def measure(
     if quick:
         config.model.layers, config.model.width, config.model.context = 2, 64, 4096
         config.model.heads, config.model.unroll = 4, 1
-    copies = devices if axis in ("data", "fsdp") else 1
+    copies = devices if axis in sharding.ACTIVATION_AXES["B"] else 1
     config.train.batch_size = config.eval.batch_size = rows * copies
     if axis:
         config.mesh[axis] = devices

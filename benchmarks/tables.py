@@ -283,7 +283,7 @@ def scaling_table(result: dict) -> str:
         )
     note = (
         "Medians of ten steps; the loss is that of the fourth step from one start on "
-        "one batch (data: each device has a copy of it, so the rows are twice as many)."
+        "one batch (data, fsdp: each device has a copy of it, so there are more rows)."
     )
     return f"{_markdown(lines)}\n\n{note} {_on(result)}"
 

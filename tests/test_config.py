@@ -21,7 +21,7 @@ from sparse_flax.errors import UserError
 ROOT = Path(__file__).parents[1]
 PRESETS = {"enwik8": ["shared", "colab"], "imagenet64": ["302m"]}
 PRESETS |= {"books": ["shared", "short", "small"], "text8": ["shared", "colab"]}
-PRESETS |= {"cifar10": ["merged", "laptop", "short", "colab"]}
+PRESETS |= {"cifar10": ["merged", "laptop", "short", "half_hour", "colab"]}
 PRESETS |= {"images": ["laptop", "small"]}
 PRESETS |= {"music": ["262144", "1048576", "laptop", "short", "small", "colab"]}
 ALL = [
