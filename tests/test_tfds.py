@@ -418,7 +418,9 @@ def test_a_folder_that_cannot_be_written_to(store, text):
 
 def command(tmp_path, *arguments, **options):
     code = (
-        "import sys; from sparse_flax.data import prepare\n"
+        "import signal, sys; from sparse_flax.data import prepare\n"
+        # What a shell starts in the background ignores it, and so do its children.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "try: prepare.entry_point()\n"
         "finally: assert 'tensorflow' not in sys.modules"
     )
