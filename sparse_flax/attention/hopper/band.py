@@ -21,16 +21,15 @@ def chunks_before(window: int) -> int:
     return -(-(window - 1) // M)
 
 
-def settings(window: int, K: int, V: int, after: bool = False) -> tuple[int, int]:
-    """Warpgroups of a forward block, and chunks taken at a time (measured).
+def settings(window: int, K: int, V: int) -> tuple[int, int]:
+    """Warpgroups of a forward block, and score tiles taken at a time (measured).
 
-    Two warpgroups that share chunks pay where rows are wide; one, of which four fit a
-    multiprocessor, where they are not. What goes on from another softmax (`after`) has
-    more to keep in registers.
+    Two warpgroups that share chunks pay where all rows are wide; one, of which four fit
+    a multiprocessor, where they are not.
     """
-    if max(K, V) > 64 and forward_memory(window, K, V, 2) <= tiles.SHARED_MEMORY:
-        return 2, 3
-    return 1, 1 if after and max(K, V) <= 32 else 2
+    if min(K, V) > 64 and forward_memory(window, K, V, 2) <= tiles.SHARED_MEMORY:
+        return 2, 2
+    return 1, 1 if chunks_before(window) <= 2 else 2
 
 
 def forward_memory(window: int, K: int, V: int, warpgroups: int) -> int:
@@ -72,7 +71,7 @@ def forward(
     (B, T, H, K), V, dtype = q_BTHK.shape, v_BTHV.shape[-1], q_BTHK.dtype
     group = H // k_BTHK.shape[2]
     back = chunks_before(window)
-    warpgroups, at_once = settings(window, K, V, bool(init))
+    warpgroups, at_once = settings(window, K, V)
     loaded = back + warpgroups
 
     def body(q, k, v, *refs):
@@ -103,27 +102,53 @@ def forward(
             l = plgpu.load(lse1.at[b, h, rows], layout=by_row, optimized=False)
             plgpu.barrier_wait(q_bar.at[w])
             x = plgpu.load(os, layout=LAYOUT).astype(jnp.float32)
-            softmax = tiles.Softmax(V, x, l)
+            softmax = tiles.Softmax(V, scale, x, l)
         else:
             plgpu.barrier_wait(q_bar.at[w])
-            softmax = tiles.Softmax(V)
+            softmax = tiles.Softmax(V, scale)
         plgpu.barrier_wait(k_bar)
-        order = range(back + 1)  # farthest first: 35 registers fewer than nearest first
-        for at in range(0, back + 1, at_once):
+
+        def values(i):
+            return lambda: vs.at[i + w]
+
+        def hide(s, i):
+            if i < back:
+                inside = mine + (i - back) * M >= 0
+                s = s + jnp.where(inside, 0.0, -jnp.inf).astype(jnp.float32)
+            return within(s, (back - i) * M, window)
+
+        def is_own(tile):  # else of the farthest chunk
+            return tiles.positions(tile, 0) >= tiles.positions(tile, 1)
+
+        def shared_scores(s_far, s_own):
+            own = s_own if window >= M else hide(s_own, back)
+            return jnp.where(is_own(s_own), own, hide(s_far, 0))
+
+        def shared_products(p):
+            own = is_own(p)
+            far = jnp.where(own, 0.0, p), values(0)
+            return [(jnp.where(own, p, 0.0), values(back)), far]
+
+        # A tile of scores: its chunks, farthest first (35 registers fewer than nearest
+        # first), and what its scores and its products are.
+        order = [
+            ((i,), lambda s, i=i: hide(s, i), lambda p, i=i: [(p, values(i))])
+            for i in range(back + 1)
+        ]
+        if 0 < back and window <= back * M:
+            # The triangles seen of the farthest and the own chunk make one tile: a
+            # third of the exponentials less at a window of 128.
+            shared = (0, back), shared_scores, shared_products
+            order = [shared, *order[1:back]]
+        for at in range(0, len(order), at_once):
             some = order[at : at + at_once]
-            scores = tiles.multiply(
-                *((qs, ks.at[i + w].transpose((1, 0))) for i in some)
+            chunks = [i for tile, _, _ in some for i in tile]
+            found = iter(
+                tiles.multiply(*((qs, ks.at[i + w].transpose((1, 0))) for i in chunks))
             )
-            hidden = []
-            for s, i in zip(scores, some, strict=True):
-                s = s * (scale * LOG2E)
-                if i < back:
-                    inside = mine + (i - back) * M >= 0
-                    s = s + jnp.where(inside, 0.0, -jnp.inf).astype(jnp.float32)
-                hidden.append(within(s, (back - i) * M, window))
             softmax.add(
-                hidden,
-                [lambda i=i: vs.at[i + w] for i in some],
+                [score(*(next(found) for _ in tile)) for tile, score, _ in some],
+                [products for _, _, products in some],
                 dtype,
                 interpret,
                 (lambda: plgpu.barrier_wait(v_bar)) if at == 0 else None,

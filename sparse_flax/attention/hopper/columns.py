@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparse_flax.attention.hopper import tiles
-from sparse_flax.attention.hopper.tiles import LOG2E, M
+from sparse_flax.attention.hopper.tiles import M
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +112,7 @@ def forward(
             while new < row + M:
                 pairs.append((min(new, row), new))
                 new = pairs[-1][0] + M
-            softmax = tiles.Softmax(V)
+            softmax = tiles.Softmax(V, scale)
             for at in range(0, len(pairs), 2):
                 some = pairs[at : at + 2]
                 queries = qs.at[pl.ds(row, M)]
@@ -120,14 +120,16 @@ def forward(
                     *((queries, ks.at[pl.ds(j, M)].transpose((1, 0))) for j, _ in some)
                 )
                 scores = [
-                    _mask(packing, s * (scale * LOG2E), row, *pair, strict)
+                    _mask(packing, s, row, *pair, strict)
                     for s, pair in zip(scores, some, strict=True)
                 ]
-                values = [lambda j=j: vs.at[pl.ds(j, M)] for j, _ in some]
+                products = [
+                    lambda p, j=j: [(p, lambda: vs.at[pl.ds(j, M)])] for j, _ in some
+                ]
                 wait = wait_for_v and at == 0
                 softmax.add(
                     scores,
-                    values,
+                    products,
                     dtype,
                     interpret,
                     (lambda: plgpu.barrier_wait(v_bar.at[w])) if wait else None,

@@ -26,6 +26,9 @@ SHARED_MEMORY = 227 * 1024  # bytes that one block may have on Hopper
 
 # Stands for the log-sum-exp of a row without keys: minus infinity would give NaN.
 EMPTY = -1e30
+# Below every score and far above -inf: differences of it stay finite, so that no row
+# sum, rescaling or contracted multiply-add makes a NaN.
+LOWEST = -1e20
 LAYOUT = plgpu.Layout.WGMMA
 
 
@@ -118,25 +121,32 @@ def tiles_of(rows: int) -> list[tuple[int, int]]:
 class Softmax:
     """A softmax over keys that come in pieces, for 64 query rows, in registers.
 
-    `maximum` is in powers of two; start from another part's (out, log-sum-exp), or
-    from nothing.
+    Scores come unscaled, and the scale must be above 0: the largest is then found
+    before it, and scale and subtraction are one instruction. `maximum` is in powers of
+    two; start from another part's (out, log-sum-exp), or from nothing.
     """
 
-    def __init__(self, values_width: int, out=None, lse=None):
+    def __init__(self, values_width: int, scale: float, out=None, lse=None):
         self.width = values_width
+        self.factor = scale * LOG2E
         self.out = out
         self.maximum = self.total = None
         if lse is not None:
             # EMPTY * LOG2E - maximum may be contracted to a multiply-add, whose
             # rounding residue (1e22) would make exp2 infinite: keep EMPTY away.
-            self.maximum = jnp.maximum(lse * LOG2E, -1e20)
+            self.maximum = jnp.maximum(lse * LOG2E, LOWEST)
             self.total = jnp.ones_like(self.maximum)
 
-    def add(self, scores, values, dtype, interpret, before_values=None):
-        """Take in scaled scores [64, 64] (-inf if not seen), each with its values."""
+    def add(self, scores, products, dtype, interpret, before_values=None):
+        """Take in score tiles [64, 64], -inf where a key is not seen.
+
+        products: of each tile, a function from its weights to (weights, values) pairs:
+        what is to be multiplied, values() in shared memory.
+        """
         top = functools.reduce(jnp.maximum, [s.max(axis=1) for s in scores])
+        top = top * self.factor
         if self.maximum is None:
-            top = jnp.maximum(top, EMPTY)
+            top = jnp.maximum(top, LOWEST)
             self.total, self.out = jnp.zeros_like(top), zeros(M, self.width)
         else:
             top = jnp.maximum(self.maximum, top)
@@ -144,13 +154,16 @@ class Softmax:
             self.total = self.total * shrink
             self.out = self.out * per_row(shrink, self.out)
         self.maximum = top
-        weights = [jnp.exp2(s - per_row(top, s)) for s in scores]
+        weights = [jnp.exp2(s * self.factor - per_row(top, s)) for s in scores]
         for w in weights:
             self.total = self.total + w.sum(axis=1)
-        weights = [w.astype(dtype) for w in weights]
+        pairs = [
+            (0, part.astype(dtype), values)
+            for w, parts in zip(weights, products, strict=True)
+            for part, values in parts(w)
+        ]
         if before_values is not None:
             before_values()
-        pairs = [(0, w, v) for w, v in zip(weights, values, strict=True)]
         (self.out,) = accumulate((self.out,), pairs, interpret)
 
     def finish(self, dtype):
