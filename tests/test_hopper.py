@@ -74,6 +74,8 @@ def assert_equals_the_reference(run, pattern, args):
         (Local(96), (1, 128, 1, 1, 64, 64), "bfloat16"),
         (Local(128), (1, 320, 2, 1, 32, 32), "float16"),
         (Local(130), (1, 192, 1, 1, 32, 32), "bfloat16"),  # ring; narrow heads
+        (Local(193), (1, 256, 1, 1, 32, 32), "bfloat16"),  # farthest chunk by itself
+        (Strided(96), (1, 330, 2, 1, 32, 32), "bfloat16"),  # a walk adds to columns
         (Strided(4), (1, 64, 2, 1, 128, 128), "bfloat16"),  # packed, two warpgroups
         (Strided(5), (1, 118, 1, 1, 64, 64), "bfloat16"),  # 24 rows, zeros, padding
         (Columns(2), (1, 128, 1, 1, 32, 32), "bfloat16"),  # narrow heads

@@ -9,7 +9,8 @@ first call.
     columns_backward.py  its gradient, up to 128 rows
     long_columns.py      its gradient, up to 256 rows
     band.py              the last `window` keys, and the gradient up to 128
-    band_walk.py         the gradient of windows from 66 to 129 without columns
+    band_walk.py         the gradient of windows from 66 to 129; after columns, only
+                         of heads of 32
     band_ring.py         the gradient for wider windows
     span_forward.py      longer columns and wider windows: keys stream through a ring
     span_backward.py     their gradient

@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from sparse_flax.attention.hopper import band, tiles
+from sparse_flax.attention.hopper import band, steps, tiles
 from sparse_flax.attention.hopper.tiles import LAYOUT, LOG2E, M
 
 SLOTS = 2
@@ -117,14 +117,35 @@ def backward(
             finish(step)
             return total
 
-        total = query_side(
-            tiles.zeros(M, K),
-            lambda: ks,
-            lambda: vs,
-            l,
-            lambda s: band.within(s, 0, window),
-        )
-        x = lax.fori_loop(0, back, before, total) * scale
+        def ends():
+            """Return dq from the triangles seen of the farthest and the own chunk."""
+            plgpu.barrier_wait(ring.at[0])
+            outside = jnp.where(t0 - back * M >= 0, 0.0, jnp.inf).astype(jnp.float32)
+            far, own = steps.scores((qs, ring_k.at[0]), (qs, ks))
+            is_own = tiles.positions(own, 0) >= tiles.positions(own, 1)
+            s = jnp.where(is_own, own, upper(far - outside, back))
+            p = jnp.exp2(s * (scale * LOG2E) - tiles.per_row(l, s))
+            far, own = steps.scores((dos, ring_v.at[0]), (dos, vs))
+            ds = p * (jnp.where(is_own, own, far) - tiles.per_row(e, own))
+            products = [
+                (0, jnp.where(is_own, ds, 0.0).astype(dtype), lambda: ks),
+                (0, jnp.where(is_own, 0.0, ds).astype(dtype), lambda: ring_k.at[0]),
+            ]
+            return tiles.accumulate((tiles.zeros(M, K),), products, interpret)[0]
+
+        together = window <= back * M
+        if together:
+            total = ends()
+            finish(jnp.int32(0))
+        else:
+            total = query_side(
+                tiles.zeros(M, K),
+                lambda: ks,
+                lambda: vs,
+                l,
+                lambda s: band.within(s, 0, window),
+            )
+        x = lax.fori_loop(int(together), back, before, total) * scale
         if into:
             plgpu.barrier_wait(old)
             x = x + plgpu.load(gs, layout=LAYOUT).astype(jnp.float32)

@@ -26,12 +26,15 @@ DELTAS = 4  # rows of delta: one more, as they are made before a step is over fo
 BLOCKS = 132
 
 
-def supports(window: int, K: int, V: int) -> bool:
+def supports(window: int, K: int, V: int, adds: bool = False) -> bool:
     """Whether the window is one for three warpgroups, and the memory enough.
 
-    Two, for windows up to 65, have not been measured against `band.backward`.
+    Two, for windows up to 65, have not been measured against `band.backward`. What
+    `adds` to other gradients is worth it for heads of 32 alone: with 64, buffers for
+    them leave spilled registers no cache.
     """
-    return M + 1 < window <= 2 * M + 1 and max(K, V) <= M
+    widest = M // 2 if adds else M
+    return M + 1 < window <= 2 * M + 1 and max(K, V) <= widest
 
 
 def makes_delta(K: int, V: int) -> bool:
@@ -66,7 +69,8 @@ def backward(
     scale: float,
     window: int,
     *,
-    out_BTHV: jax.Array,
+    out_BTHV: jax.Array | None = None,
+    into: tuple[jax.Array, jax.Array, jax.Array] | None = None,
     each: int | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -89,8 +93,11 @@ def backward(
     # chunks u - back to u. Those of n own tiles get dq, dk and dv; chunks before only
     # help dq, queries after only dk and dv.
     def body(q, k, v, d_out, lse, out_or_delta, *refs):
+        old, refs = (refs[:3], refs[3:]) if into else ((), refs)
         dq, dk, dv, qs, dos, ks, vs, dss, ls, es, *refs = refs
-        key_bar, step_bar, ready, slopes, used, *outs = refs
+        key_bar, step_bar, ready, slopes, used, *refs = refs
+        outs, refs = (refs[0], refs[1:]) if fused else (None, refs)
+        *olds, old_bar = refs if into else (None,)
         b, h, w = (lax.axis_index(axis) for axis in ("b", "h", "warpgroup"))
         kv = lax.div(h, group)
         first = lax.axis_index("segment") * each
@@ -121,17 +128,23 @@ def backward(
             plgpu.copy_gmem_to_smem(at(d_out, u), dos.at[stage], bar)
             plgpu.copy_gmem_to_smem(lse.at[b, h, rows(u)], ls.at[stage], bar)
             if fused:
-                plgpu.copy_gmem_to_smem(at(out_or_delta, u), outs[0].at[stage], bar)
+                plgpu.copy_gmem_to_smem(at(out_or_delta, u), outs.at[stage], bar)
             else:
                 delta = out_or_delta.at[b, h, rows(u)]
                 plgpu.copy_gmem_to_smem(delta, es.at[lax.rem(u, DELTAS)], bar)
+
+        def issue_old(which, tile):
+            """Load a tile of a gradient that is added to."""
+            step = tile if which == 0 else tile + back
+            bar = old_bar.at[which * W + lax.rem(step, W)]
+            plgpu.copy_gmem_to_smem(at(old[which], tile), olds[which], bar)
 
         def make_delta(u):
             stage = lax.rem(u, STAGES)
             plgpu.barrier_wait(step_bar.at[lax.rem(u, 2 * W)])
             x, y = (
                 plgpu.load(ref.at[stage], layout=LAYOUT).astype(jnp.float32)
-                for ref in (outs[0], dos)
+                for ref in (outs, dos)
             )
             es[lax.rem(u, DELTAS)] = (x * y).sum(axis=1)
             plgpu.commit_smem()
@@ -145,6 +158,9 @@ def backward(
                 if i < room:
                     chunk = functools.partial(issue_chunk, jnp.int32(i - back))
                     pl.when(i - back < n)(chunk)
+            if into:
+                for which in range(3):
+                    issue_old(which, jnp.int32(0))
 
         if fused:  # of later steps: by who has come to the end of its chunk
             pl.when(w == back)(lambda: make_delta(jnp.int32(0)))
@@ -194,10 +210,16 @@ def backward(
 
             return sums
 
-        def leave(x, buffer, ref, tile):
+        def leave(x, buffer, which, tile):
+            """Write a tile of dq, dk or dv, by way of a buffer that nobody needs."""
+            if into:
+                plgpu.barrier_wait(old_bar.at[which * W + w])
+                x = x + plgpu.load(olds[which], layout=LAYOUT).astype(jnp.float32)
             buffer[...] = x.astype(dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(buffer, at(ref, tile))
+            plgpu.copy_smem_to_gmem(buffer, at((dq, dk, dv)[which], tile))
+            if into:
+                pl.when(tile + 1 < n)(lambda: issue_old(which, tile + 1))
 
         def finish(i, d_value, d_key):
             """Write dk and dv of chunk i, and dq of the last query tile it met."""
@@ -209,7 +231,7 @@ def backward(
 
             @pl.when(own_key)
             def _():  # v, then q and k carry results: nobody reads them any more
-                leave(d_value, vs.at[buffer], dv, i)
+                leave(d_value, vs.at[buffer], 2, i)
 
             @pl.when(own_query)
             def _():
@@ -223,7 +245,7 @@ def backward(
                 ]
                 x = tiles.multiply(products)[0] * scale
                 plgpu.barrier_arrive(used.at[half])
-                leave(x, qs.at[stage], dq, u)
+                leave(x, qs.at[stage], 0, u)
 
             @pl.when(u >= n - 1)
             def _():  # the last dq needs k
@@ -233,7 +255,7 @@ def backward(
 
             @pl.when(own_key)
             def _():
-                leave(d_key * scale, ks.at[buffer], dk, i)
+                leave(d_key * scale, ks.at[buffer], 1, i)
 
         turns = pl.cdiv(n + back - w, W)
 
@@ -267,6 +289,9 @@ def backward(
     ]
     if fused:
         scratch += [value]
+    if into:
+        scratch += [tiles.swizzled((M, width), dtype) for width in (K, K, V)]
+        scratch += [plgpu.Barrier(num_barriers=3 * W)]
     return tiles.launch(
         body,
         name="band_walk_backward",
@@ -278,4 +303,5 @@ def backward(
     )(
         *(q_BTHK, k_BTHK, v_BTHV, d_out_BTHV, lse_BHT),
         out_BTHV if fused else delta_BHT,
+        *(into or ()),
     )

@@ -186,31 +186,20 @@ def _backward(halves: Halves, q, k, v, out, lse, d_out):
         into = [_unfold(x, T, H) for x in into]
     else:
         delta = _delta(out, d_out)
-    if window and not stride and band_walk.supports(window, q.shape[3], v.shape[3]):
-        into = _walk_backward(halves, q, k, v, out, lse, d_out, delta)
-    elif window:
+    if window:
         padded = up(T, tiles.M)
         args = [fit(x, padded, 1) for x in (q, k, v, d_out)]
         args += [fit(x, padded, 2) for x in (lse, delta)]
         if into:
             into = [fit(x, padded, 1) for x in into]
-        backward, reach = _window_backward(window)
+        backward, reach = _window_backward(window, q.shape[3], v.shape[3], bool(into))
+        makes_delta = band_walk.makes_delta(q.shape[3], v.shape[3])
+        if backward is band_walk.backward and not stride and makes_delta:
+            run["out_BTHV"] = fit(out, padded, 1)
+            args[-1] = None
         into = backward(*args, halves.scale, reach, into=into, **run)
     dq, dk, dv = (x[:, :T] for x in into)
     return dq, sum_groups(dk, k.shape[2]), sum_groups(dv, k.shape[2])
-
-
-def _walk_backward(halves: Halves, q, k, v, out, lse, d_out, delta):
-    padded = up(q.shape[1], tiles.M)
-    args = [fit(x, padded, 1) for x in (q, k, v, d_out)]
-    args += [fit(x, padded, 2) for x in (lse, delta)]
-    if band_walk.makes_delta(q.shape[3], v.shape[3]):
-        args[-1] = None
-    return band_walk.backward(
-        *(*args, halves.scale, halves.window),
-        out_BTHV=fit(out, padded, 1),
-        interpret=halves.interpret,
-    )
 
 
 def _column_fits(q_BRCK, k_BRCK, v_BRCV) -> bool:
@@ -229,8 +218,10 @@ def _columns_backward(q_BRCK, k_BRCK, v_BRCV):
     return None
 
 
-def _window_backward(window: int):
+def _window_backward(window: int, K: int, V: int, adds: bool):
     """The kernel that makes the gradient of a window, and what it calls that window."""
+    if band_walk.supports(window, K, V, adds):
+        return band_walk.backward, window
     if 2 <= window <= 2 * tiles.M:
         return band.backward, window
     if 2 <= window <= WIDEST_RING_WINDOW:
