@@ -21,6 +21,26 @@ def chunks_before(window: int) -> int:
     return -(-(window - 1) // M)
 
 
+def ends_share(window: int) -> bool:
+    """Whether a query sees no key of its own chunk and of the farthest at one place.
+
+    The triangles seen of the two then make one tile, with half the exponentials.
+    """
+    back = chunks_before(window)
+    return 0 < back and window <= back * M
+
+
+def own_end(tile: jax.Array) -> jax.Array:
+    """Where such a tile, queries by keys, holds the own chunk; else the farthest."""
+    return tiles.positions(tile, 0) >= tiles.positions(tile, 1)
+
+
+def split_ends(tile: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return what such a tile holds of the own chunk and of the farthest, and zeros."""
+    own = own_end(tile)
+    return jnp.where(own, tile, 0.0), jnp.where(own, 0.0, tile)
+
+
 def settings(window: int, K: int, V: int) -> tuple[int, int]:
     """Warpgroups of a forward block, and score tiles taken at a time (measured).
 
@@ -117,17 +137,13 @@ def forward(
                 s = s + jnp.where(inside, 0.0, -jnp.inf).astype(jnp.float32)
             return within(s, (back - i) * M, window)
 
-        def is_own(tile):  # else of the farthest chunk
-            return tiles.positions(tile, 0) >= tiles.positions(tile, 1)
-
         def shared_scores(s_far, s_own):
             own = s_own if window >= M else hide(s_own, back)
-            return jnp.where(is_own(s_own), own, hide(s_far, 0))
+            return jnp.where(own_end(s_own), own, hide(s_far, 0))
 
         def shared_products(p):
-            own = is_own(p)
-            far = jnp.where(own, 0.0, p), values(0)
-            return [(jnp.where(own, p, 0.0), values(back)), far]
+            own, far = split_ends(p)
+            return [(own, values(back)), (far, values(0))]
 
         # A tile of scores: its chunks, farthest first (35 registers fewer than nearest
         # first), and what its scores and its products are.
@@ -135,9 +151,7 @@ def forward(
             ((i,), lambda s, i=i: hide(s, i), lambda p, i=i: [(p, values(i))])
             for i in range(back + 1)
         ]
-        if 0 < back and window <= back * M:
-            # The triangles seen of the farthest and the own chunk make one tile: a
-            # third of the exponentials less at a window of 128.
+        if ends_share(window):
             shared = (0, back), shared_scores, shared_products
             order = [shared, *order[1:back]]
         for at in range(0, len(order), at_once):

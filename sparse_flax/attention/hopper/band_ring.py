@@ -122,18 +122,19 @@ def backward(
             plgpu.barrier_wait(ring.at[0])
             outside = jnp.where(t0 - back * M >= 0, 0.0, jnp.inf).astype(jnp.float32)
             far, own = steps.scores((qs, ring_k.at[0]), (qs, ks))
-            is_own = tiles.positions(own, 0) >= tiles.positions(own, 1)
+            is_own = band.own_end(own)
             s = jnp.where(is_own, own, upper(far - outside, back))
             p = jnp.exp2(s * (scale * LOG2E) - tiles.per_row(l, s))
             far, own = steps.scores((dos, ring_v.at[0]), (dos, vs))
             ds = p * (jnp.where(is_own, own, far) - tiles.per_row(e, own))
+            own, far = band.split_ends(ds)
             products = [
-                (0, jnp.where(is_own, ds, 0.0).astype(dtype), lambda: ks),
-                (0, jnp.where(is_own, 0.0, ds).astype(dtype), lambda: ring_k.at[0]),
+                (0, own.astype(dtype), lambda: ks),
+                (0, far.astype(dtype), lambda: ring_k.at[0]),
             ]
             return tiles.accumulate((tiles.zeros(M, K),), products, interpret)[0]
 
-        together = window <= back * M
+        together = band.ends_share(window)
         if together:
             total = ends()
             finish(jnp.int32(0))

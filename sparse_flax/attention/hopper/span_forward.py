@@ -74,7 +74,7 @@ def forward(
         carry = steps.nothing_yet(V)
         if init:
             x = plgpu.load(os, layout=LAYOUT).astype(jnp.float32)
-            top = jnp.maximum(l * LOG2E, steps.LOWEST)
+            top = jnp.maximum(l * LOG2E, tiles.LOWEST)
             carry = x, top, jnp.ones_like(top)
 
         def use(buffer, mask, carry):

@@ -192,9 +192,9 @@ def _backward(halves: Halves, q, k, v, out, lse, d_out):
         args += [fit(x, padded, 2) for x in (lse, delta)]
         if into:
             into = [fit(x, padded, 1) for x in into]
-        backward, reach = _window_backward(window, q.shape[3], v.shape[3], bool(into))
-        makes_delta = band_walk.makes_delta(q.shape[3], v.shape[3])
-        if backward is band_walk.backward and not stride and makes_delta:
+        K, V = q.shape[3], v.shape[3]
+        backward, reach = _window_backward(window, K, V, adds=bool(into))
+        if backward is band_walk.backward and not into and band_walk.makes_delta(K, V):
             run["out_BTHV"] = fit(out, padded, 1)
             args[-1] = None
         into = backward(*args, halves.scale, reach, into=into, **run)
