@@ -1,11 +1,12 @@
-r"""The best that we made of CIFAR-10 in minutes of one H200: cifar10.py, scaled.
+r"""The best that we made of CIFAR-10 in minutes of one GPU: cifar10.py, scaled.
 
     python -m sparse_flax.main --config=configs/cifar10_h200.py \
         --config.data.path=PATH
 
 Not in the paper. Stopped and started again (the same command) it goes on from its last
 checkpoint. 14.4M parameters, 35,000 steps, 23.4 epochs: in 23 minutes of one
-H100, 3.054 bits per dim of 9,968 of the 10,000 test images (one run; RESULTS.md has more).
+H100, 3.054 bits per dim of 9,968 of the 10,000 test images (one run; RESULTS.md has
+more).
 """
 
 import runpy
