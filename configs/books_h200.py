@@ -22,13 +22,16 @@ BOOKS = runpy.run_path(str(Path(__file__).with_name("books.py")))
 def get_config(preset: str = "") -> ConfigDict:
     check_preset(preset)
     config = BOOKS["get_config"]("small")
-    config.model.layers = 6
-    config.model.width = 512
-    config.model.heads = 8
-    config.model.feed_forward = 2048
+    config.model.layers = 8
+    config.model.width = 640
+    config.model.heads = 10
+    config.model.feed_forward = 2560
+    config.model.dropout = 0.15
     config.model.patterns = "Fixed(128, 32, rotate=True)"
-    config.model.unroll = 6  # all: nothing is stacked for the way back
-    config.optim.warmup_steps = 200
+    config.model.unroll = 8  # all: nothing is stacked for the way back
+    config.optim.learning_rate = 1.5e-3
+    config.optim.warmup_steps = 300
+    config.optim.weight_decay = 0.1
     config.train.steps = 8500
     config.eval.every_steps = 1000
     config.eval.sample_bytes = 1000
