@@ -14,8 +14,9 @@ Equal time: what a pattern reaches in --seconds of training, compiling and scori
 out, the number of steps by its own measured speed. Equal steps: what it reaches in the
 number of steps that dense attention makes in that time. The schedule ends with the run.
 
-Finished cells are read from benchmarks/results/table2.json and skipped; a cell that was
-stopped goes on from its checkpoint in --workdir. With --minutes no cell begins that
+Finished cells are read from --out and skipped; cells of other hardware or versions go
+into a file of their own. A cell that was stopped goes on from its checkpoint in
+--workdir. With --minutes no cell begins that
 would not end within them.
 
 Writes {hardware, versions, trials, rows: [{data, size, pattern, seed, limit_s (the
@@ -108,6 +109,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, given: dict[str, str]) -> None:
         self.args, self.given, self.began = args, given, time.monotonic()
+        self.about: dict[str, Any] = {}  # hardware and versions, once one is trained
         self.result: dict[str, Any] = {"rows": [], "trials": []}
         if args.out.exists():
             self.result = json.loads(args.out.read_text())
@@ -178,6 +180,7 @@ class Bench:
         self, name: str, key: dict[str, Any], options: dict[str, Any]
     ) -> tuple[str, list[dict[str, Any]]]:
         """Run, or go on with, one run to its end; return its command and its rows."""
+        self.check_device()
         data, size = key["data"], key["size"]
         options = {
             "seed": key["seed"],
@@ -203,9 +206,19 @@ class Bench:
             )
         if ended.returncode:
             sys.exit(f"{name} ended with status {ended.returncode}: see {log.name}")
-        if not self.result.get("hardware"):
-            self.result = {**device(), **self.result}
+        self.result = {**self.about, **self.result}
         return f"python {shlex.join(line)}", read_rows(folder / "metrics.jsonl")
+
+    def check_device(self) -> None:
+        """End where the file has rows of other hardware or versions."""
+        self.about = self.about or device()
+        for name, value in self.about.items():
+            there = self.result.get(name, value)
+            if there != value:
+                sys.exit(
+                    f"{self.args.out} has cells with {name} {there}, and here it is "
+                    f"{value}: name another file with --out"
+                )
 
     def stop_if_late(self, seconds: float) -> None:
         """End, to be called again, if so many seconds of training do not fit."""

@@ -302,6 +302,13 @@ def test_table2_trains_every_cell_once(monkeypatch, tmp_path, capsys):
         table2.main()
     assert ended.value.code == processes.OUT_OF_TIME
     assert json.loads(out.read_text()) == result
+    # Cells of other hardware are not mixed with these.
+    elsewhere = {**result, "hardware": "NVIDIA H200"}
+    out.write_text(json.dumps(elsewhere))
+    monkeypatch.setattr(sys, "argv", [*call, "--seeds", "2"])
+    with pytest.raises(SystemExit, match="has cells with hardware NVIDIA H200, and"):
+        table2.main()
+    assert json.loads(out.read_text()) == elsewhere
 
 
 def test_table2_of_several_seeds():
