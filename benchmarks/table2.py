@@ -16,8 +16,7 @@ number of steps that dense attention makes in that time. The schedule ends with 
 
 Finished cells are read from --out and skipped; cells of other hardware or versions go
 into a file of their own. A cell that was stopped goes on from its checkpoint in
---workdir. With --minutes no cell begins that
-would not end within them.
+--workdir. With --minutes no cell begins that would not end within them.
 
 Writes {hardware, versions, trials, rows: [{data, size, pattern, seed, limit_s (the
 --seconds), budget (steps | time | both, of dense), steps, seconds (of training),
@@ -27,6 +26,7 @@ validation, test (bits per byte or dim), command}]}.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import shlex
 import statistics
@@ -109,7 +109,6 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, given: dict[str, str]) -> None:
         self.args, self.given, self.began = args, given, time.monotonic()
-        self.about: dict[str, Any] = {}  # hardware and versions, once one is trained
         self.result: dict[str, Any] = {"rows": [], "trials": []}
         if args.out.exists():
             self.result = json.loads(args.out.read_text())
@@ -206,19 +205,19 @@ class Bench:
             )
         if ended.returncode:
             sys.exit(f"{name} ended with status {ended.returncode}: see {log.name}")
-        self.result = {**self.about, **self.result}
         return f"python {shlex.join(line)}", read_rows(folder / "metrics.jsonl")
 
     def check_device(self) -> None:
-        """End where the file has rows of other hardware or versions."""
-        self.about = self.about or device()
-        for name, value in self.about.items():
+        """Note hardware and versions; end where the file has rows of others."""
+        about = device()
+        for name, value in about.items():
             there = self.result.get(name, value)
             if there != value:
                 sys.exit(
                     f"{self.args.out} has cells with {name} {there}, and here it is "
                     f"{value}: name another file with --out"
                 )
+        self.result = {**about, **self.result}
 
     def stop_if_late(self, seconds: float) -> None:
         """End, to be called again, if so many seconds of training do not fit."""
@@ -235,6 +234,7 @@ class Bench:
         self.args.out.write_text(json.dumps(self.result, indent=1) + "\n")
 
 
+@functools.cache
 def device() -> dict[str, Any]:
     """Return {hardware, versions}, by a process that gives the device back."""
     code = (
