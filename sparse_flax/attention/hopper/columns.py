@@ -17,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparse_flax.attention.hopper import tiles
 from sparse_flax.attention.hopper.tiles import M
+from sparse_flax.attention.layouts import fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,17 +25,20 @@ class Packing:
     """How columns of `rows` rows are put on blocks."""
 
     rows: int  # R, a multiple of 8: 1024 bytes is what a swizzled copy must start at
-    pack: int  # columns in one tile
+    stride: int  # S: there are S * H columns, those of the same token side by side
+    pack: int  # columns in one tile, of neighbouring heads
+    packs: int  # H / pack
     warpgroups: int  # packs in one block
     blocks: int
 
     @classmethod
-    def of(cls, rows: int, columns: int, most_warpgroups: int) -> Packing:
+    def of(cls, rows: int, columns: int, heads: int, most_warpgroups: int) -> Packing:
         """Pack short columns; two packs a block where registers are few (measured)."""
-        pack = max(p for p in range(1, max(M // rows, 1) + 1) if columns % p == 0)
+        pack = max(p for p in range(1, max(M // rows, 1) + 1) if heads % p == 0)
         groups = columns // pack
         warpgroups = most_warpgroups if groups % most_warpgroups == 0 else 1
-        return cls(rows, pack, warpgroups, groups // warpgroups)
+        stride, blocks = columns // heads, groups // warpgroups
+        return cls(rows, stride, pack, heads // pack, warpgroups, blocks)
 
     @property
     def tile_rows(self) -> int:
@@ -57,16 +61,30 @@ class Packing:
             sees = sees & (i // self.rows == j // self.rows)
         return sees
 
-    def fold_rows(self, x_BCR: jax.Array) -> jax.Array:
-        """(B, C, R) to a stretch of `tile_rows` a pack, as the kernels read it."""
-        x = x_BCR.reshape(x_BCR.shape[0], -1, self.filled)
-        x = jnp.pad(x, [(0, 0), (0, 0), (0, self.tile_rows - self.filled)])
-        return x.reshape(x.shape[0], -1)
+    def of_rows(self, ref, b, group):
+        """Of `ref`, as fold_rows makes it, the function from a row of a pack to the
+        64 from there on: a row holds one token of every column of its head.
+        """
+        first = lax.rem(group, self.packs) * self.tile_rows
+        s = lax.div(group, self.packs)
+        return lambda row: ref.at[b, pl.ds(first + row, M), s]
+
+    def row_values(self, B: int) -> jax.ShapeDtypeStruct:
+        """What a kernel returns of a value a row; unfold_rows gives (B, H, T)."""
+        shape = B, self.packs * self.tile_rows, self.stride
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    def fold_rows(self, x_BHT: jax.Array) -> jax.Array:
+        """(B, H, T) to `tile_rows` rows a pack of heads, S wide: mostly a free view."""
+        x = fit(x_BHT, self.rows * self.stride, 2)
+        x = x.reshape(x.shape[0], self.packs, self.filled, self.stride)
+        return fit(x, self.tile_rows, 2).reshape(x.shape[0], -1, self.stride)
 
     def unfold_rows(self, x: jax.Array) -> jax.Array:
-        """Undo `fold_rows`."""
-        x = x.reshape(x.shape[0], -1, self.tile_rows)[:, :, : self.filled]
-        return x.reshape(x.shape[0], -1, self.rows)
+        """Undo `fold_rows`, but for the tokens beyond T."""
+        B, H = x.shape[0], self.packs * self.pack
+        x = x.reshape(B, self.packs, self.tile_rows, self.stride)
+        return x[:, :, : self.filled].reshape(B, H, self.rows * self.stride)
 
 
 def forward(
@@ -75,13 +93,14 @@ def forward(
     v_BRCV: jax.Array,
     scale: float,
     *,
+    heads: int,
     strict: bool,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return (out_BRCV, lse_BCR); strict leaves out the query's own key."""
+    """Return (out_BRCV, lse_BHT of T = R*S); strict leaves out the query's own key."""
     (B, R, C, K), V, dtype = q_BRCK.shape, v_BRCV.shape[-1], q_BRCK.dtype
     group = C // k_BRCK.shape[2]
-    packing = Packing.of(R, C, 2 if R < M else 1)
+    packing = Packing.of(R, C, heads, 2 if R < M else 1)
     rows, pack = packing.tile_rows, packing.pack
     last_first = tiles.tiles_of(rows)[::-1]
     # Then a finished tile leaves at once, through its own rows of q's buffer.
@@ -90,7 +109,7 @@ def forward(
     def body(q, k, v, out, lse, qs, ks, vs, qk_bar, v_bar):
         b, w = lax.axis_index("b"), lax.axis_index("warpgroup")
         block = lax.axis_index("block") * packing.warpgroups + w
-        first = block * pack
+        first, lse_rows = block * pack, packing.of_rows(lse, b, block)
         qs, ks, vs = qs.at[w], ks.at[w], vs.at[w]
         if packing.filled < rows:
             # Zeros, since a weight of 0 times what lies in memory may be NaN.
@@ -136,14 +155,11 @@ def forward(
                 )
             return softmax.finish(dtype)
 
-        def write_lse(row, y):
-            lse[b, pl.ds(block * rows + row, M)] = y
-
         if early:
             for n, (row, _) in enumerate(last_first):
                 x, y = attend(row, n == 0)
                 qs[pl.ds(row, M)] = x
-                write_lse(row, y)
+                lse_rows(row)[...] = y
                 plgpu.commit_smem()
                 size = min(M, R)
                 for p in range(pack):
@@ -155,20 +171,19 @@ def forward(
             # The overlapping tile is written first, the whole one over it.
             for row, (x, y) in done:
                 vs[pl.ds(row, M)] = x
-                write_lse(row, y)
+                lse_rows(row)[...] = y
             plgpu.commit_smem()
             for p in range(pack):
                 column = out.at[b, :, first + p]
                 plgpu.copy_smem_to_gmem(vs.at[pl.ds(p * R, R)], column)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    groups = packing.blocks * packing.warpgroups
     out_BRCV, lse = tiles.launch(
         body,
         name="columns_forward",
         out=(
             jax.ShapeDtypeStruct((B, R, C, V), dtype),
-            jax.ShapeDtypeStruct((B, groups * rows), jnp.float32),
+            packing.row_values(B),
         ),
         scratch=[
             tiles.swizzled((packing.warpgroups, rows, K), dtype),

@@ -18,14 +18,15 @@ def backward(
     k_BRCK: jax.Array,
     v_BRCV: jax.Array,
     out_BRCV: jax.Array,
-    lse_BCR: jax.Array,
+    lse_BHT: jax.Array,
     d_out_BRCV: jax.Array,
     scale: float,
     *,
+    heads: int,
     strict: bool,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Return (dq, dk, dv, delta_BCR); dk and dv are one for each query head.
+    """Return (dq, dk, dv, delta_BHT of T = R*S); dk and dv are one a query head.
 
     out and lse may be those of a union that the columns are a part of. delta is
     rowsum(out * d_out), which the other part needs too. Scores are transposed, keys by
@@ -34,7 +35,7 @@ def backward(
     """
     (B, R, C, K), V, dtype = q_BRCK.shape, v_BRCV.shape[-1], q_BRCK.dtype
     group = C // k_BRCK.shape[2]
-    packing = Packing.of(R, C, 1)
+    packing = Packing.of(R, C, heads, 1)
     rows, pack = packing.tile_rows, packing.pack
     each = tiles.tiles_of(rows)
     pairs = [(a, t) for a in range(len(each)) for t in range(a, len(each))]
@@ -61,15 +62,19 @@ def backward(
             for p in range(pack):
                 column = ref.at[b, :, lax.div(first + p, share)]
                 plgpu.copy_gmem_to_smem(column, buffer.at[pl.ds(p * R, R)], bar)
-        # One copy for the whole pack: it must start at a multiple of 128 bytes.
-        plgpu.copy_gmem_to_smem(lse.at[b, pl.ds(block * rows, rows)], ls, out_bar)
+        lse_rows, delta_rows = (packing.of_rows(x, b, block) for x in (lse, delta))
+        by_row = LAYOUT.reduce(1)
+        for row, _ in each:
+            ls[pl.ds(row, M)] = plgpu.load(
+                lse_rows(row), layout=by_row, optimized=False
+            )
         plgpu.barrier_wait(out_bar)
         for row, _ in each:
             x = plgpu.load(os.at[pl.ds(row, M)], layout=LAYOUT).astype(jnp.float32)
             y = plgpu.load(dos.at[pl.ds(row, M)], layout=LAYOUT).astype(jnp.float32)
             d = (x * y).sum(axis=1)
             es[pl.ds(row, M)] = d
-            delta[b, pl.ds(block * rows + row, M)] = d
+            delta_rows(row)[...] = d
         plgpu.barrier_wait(q_bar)
 
         def slot(a, t):
@@ -142,20 +147,20 @@ def backward(
             like_k,
             like_k,
             jax.ShapeDtypeStruct((B, R, C, V), dtype),
-            jax.ShapeDtypeStruct((B, packing.blocks * rows), jnp.float32),
+            packing.row_values(B),
         ),
         scratch=[
             *(wide, wide, value, value),
             tiles.swizzled((len(pairs) * M, M), dtype, beside=K),
             *(() if shared else (value,)),
             *(row_values, row_values),
-            plgpu.Barrier(num_arrivals=2 * pack + 1),
+            plgpu.Barrier(num_arrivals=2 * pack),
             plgpu.Barrier(num_arrivals=3 * pack),
         ],
         grid={"b": B, "block": packing.blocks},
         threads=1,
         interpret=interpret,
-    )(q_BRCK, k_BRCK, v_BRCV, out_BRCV, packing.fold_rows(lse_BCR), d_out_BRCV)
+    )(q_BRCK, k_BRCK, v_BRCV, out_BRCV, packing.fold_rows(lse_BHT), d_out_BRCV)
     return dq, dk, dv, packing.unfold_rows(delta)
 
 

@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparse_flax.attention.hopper import tiles
+from sparse_flax.attention.hopper.columns import Packing
 from sparse_flax.attention.hopper.tiles import LAYOUT, LOG2E, M
 
 
@@ -23,17 +24,18 @@ def backward(
     k_BRCK: jax.Array,
     v_BRCK: jax.Array,
     out_BRCK: jax.Array,
-    lse_BCR: jax.Array,
+    lse_BHT: jax.Array,
     d_out_BRCK: jax.Array,
     scale: float,
     *,
+    heads: int,
     strict: bool,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Do what `columns_backward` does, for R = 128, 192 or 256 and K = V = 64."""
     (B, R, C, K), dtype = q_BRCK.shape, q_BRCK.dtype
     group = C // k_BRCK.shape[2]
-    n = R // M
+    n, packing = R // M, Packing.of(R, C, heads, 1)
     pairs = [(a, t) for a in range(n) for t in range(a, n)]  # key tile, query tile
     # Tiles {0, 3} and {1, 2}: the same work for scores and for dq.
     mine = [[a for a in range(n) if w in (a % 4, 3 - a % 4)] for w in range(2)]
@@ -52,7 +54,6 @@ def backward(
         @pl.when(w == 0)
         def _():
             kv = lax.div(c, group)
-            plgpu.copy_gmem_to_smem(lse.at[b, pl.ds(c * R, R)], ls, out_bar)
             plgpu.copy_gmem_to_smem(out.at[b, :, c], dss.at[pl.ds(0, R)], out_bar)
             plgpu.copy_gmem_to_smem(d_out.at[b, :, c], dos, out_bar)
             plgpu.copy_gmem_to_smem(q.at[b, :, c], qs, q_bar)
@@ -87,15 +88,20 @@ def backward(
             return sums
 
         def work(my_tiles):
+            lse_rows, delta_rows = (packing.of_rows(x, b, c) for x in (lse, delta))
+            for t in my_tiles:
+                ls[rows(t)] = plgpu.load(
+                    lse_rows(t * M), layout=LAYOUT.reduce(1), optimized=False
+                )
             plgpu.barrier_wait(out_bar)
             for t in my_tiles:
                 x = plgpu.load(dss.at[rows(t)], layout=LAYOUT).astype(jnp.float32)
                 y = plgpu.load(dos.at[rows(t)], layout=LAYOUT).astype(jnp.float32)
                 d = (x * y).sum(axis=1)
                 es[rows(t)] = d
-                delta[b, pl.ds(c * R + t * M, M)] = d
+                delta_rows(t * M)[...] = d
             plgpu.commit_smem()
-            meet(0)  # delta is whole and out is dead: dS takes its place
+            meet(0)  # lse and delta are whole and out is dead: dS takes its place
             plgpu.barrier_wait(q_bar)
             held = []
             for a in my_tiles:
@@ -135,18 +141,18 @@ def backward(
         name="long_columns_backward",
         out=(
             *(gradient, gradient, gradient),
-            jax.ShapeDtypeStruct((B, C * R), jnp.float32),
+            packing.row_values(B),
         ),
         scratch=[
             *(column, column, column, column),
             tiles.swizzled((len(pairs) * M, M), dtype),
             *(row_values, row_values),
-            plgpu.Barrier(num_arrivals=3),
+            plgpu.Barrier(num_arrivals=2),
             plgpu.Barrier(num_arrivals=3),
             plgpu.Barrier(num_arrivals=2, num_barriers=2),
         ],
         grid={"b": B, "column": C},
         threads=2,
         interpret=interpret,
-    )(q_BRCK, k_BRCK, v_BRCK, out_BRCK, lse_BCR.reshape(B, C * R), d_out_BRCK)
-    return dq, dk, dv, delta.reshape(B, C, R)
+    )(q_BRCK, k_BRCK, v_BRCK, out_BRCK, packing.fold_rows(lse_BHT), d_out_BRCK)
+    return dq, dk, dv, packing.unfold_rows(delta)

@@ -102,8 +102,6 @@ def attend_parts(q_BTHK, k_BTHK, v_BTHV, some_parts, scale, interpret=False):
     scale, q_BTHK = positive(scale, q_BTHK)
     halves = Halves.of(some_parts, T, scale=scale, interpret=interpret)
     out, lse = _forward(halves, *_widened(q_BTHK, k_BTHK, v_BTHV))
-    if not halves.window:
-        lse = _by_token(lse, halves.stride, T)
     return out[..., :V], lse.swapaxes(1, 2)
 
 
@@ -116,10 +114,7 @@ def parts_gradients(
     halves = Halves.of(some_parts, q.shape[1], scale=scale, interpret=interpret)
     args = _widened(q, k_BTHK, v_BTHV)
     out, d_out = (fit(x, args[2].shape[3], 3) for x in (out, d_out))
-    lse = lse_BTH.swapaxes(1, 2)
-    if not halves.window:
-        lse = _by_column(lse, halves.stride)
-    dq, dk, dv = _backward(halves, *args, out, lse, d_out)
+    dq, dk, dv = _backward(halves, *args, out, lse_BTH.swapaxes(1, 2), d_out)
     dq, dk = (x[..., : q.shape[3]] for x in (dq, dk))
     return *back_q(dq), dk, dv[..., : v_BTHV.shape[3]]
 
@@ -130,22 +125,26 @@ def _widened(q, k, v) -> list[jax.Array]:
 
 
 def _forward(halves: Halves, q, k, v):
-    """Return (out_BTHV, lse): lse_BHT, but lse_BCR of columns alone."""
+    """Return (out_BTHV, lse_BHT)."""
     T, H = q.shape[1:3]
     window, stride, run = halves.window, halves.stride, {"interpret": halves.interpret}
     init = None
     if stride:
         folded, strict = [_fold(x, stride) for x in (q, k, v)], halves.strict
         if _column_fits(*folded):
-            out, lse = columns.forward(*folded, halves.scale, strict=strict, **run)
+            out, lse = columns.forward(
+                *folded, halves.scale, heads=H, strict=strict, **run
+            )
+            lse = lse[:, :, :T]
         else:
             out, lse = span_forward.forward(
                 *folded, halves.scale, Span(int(strict)), **run
             )
+            lse = _by_token(lse, stride, T)
         out = _unfold(out, T, H)
         if not window:
             return out, lse
-        init = out, _by_token(lse, stride, T)
+        init = out, lse
     memory = band.forward_memory(window, q.shape[3], v.shape[3], 1)
     on_chip = 2 <= window <= WIDEST_WINDOW and memory <= tiles.SHARED_MEMORY
     warpgroups = band.settings(window, q.shape[3], v.shape[3])[0] if on_chip else 1
@@ -169,16 +168,16 @@ def _backward(halves: Halves, q, k, v, out, lse, d_out):
     if stride:
         folded = [_fold(x, stride) for x in (q, k, v, out, d_out)]
         strict = halves.strict
-        by_column = _by_column(lse, stride) if window else lse
         backward = _columns_backward(*folded[:3])
         if backward:
             *into, delta = backward(
-                *(*folded[:4], by_column, folded[4], halves.scale), strict=strict, **run
+                *(*folded[:4], lse, folded[4], halves.scale),
+                **{"heads": H, "strict": strict, **run},
             )
-            delta = _by_token(delta, stride, T) if window else None
+            delta = delta[:, :, :T]
         else:
             delta = _delta(out, d_out)
-            rows = by_column, _by_column(delta, stride)
+            rows = (_by_column(x, stride) for x in (lse, delta))
             span = Span(int(strict))
             into = span_backward.backward(
                 *(*folded[:3], folded[4], *rows, halves.scale, span), **run
