@@ -4,11 +4,11 @@
 
 A cell is a run of sparse_flax.main, from its start to the score of the whole test
 split: {books, cifar10} x {scaled, full} x {dense, fixed, strided} x {equal steps, equal
-time} x seeds. Within a data set, size and seed, the data and their order are the same,
-and everything but the pattern. `scaled` has the paper's width, heads, context and
-vocabulary and fewer layers, so that it learns enough in that time; `full` is the
-paper's model as far as it gets. Neither has dropout: nothing is seen often enough to
-overfit.
+time} x learning rates x seeds. Within a data set, size, rate and seed, the data and
+their order are the same, and everything but the pattern. `scaled` has the paper's
+width, heads, context and vocabulary and fewer layers, so that it learns enough in that
+time; `full` is the paper's model as far as it gets. Neither has dropout: nothing is
+seen often enough to overfit.
 
 Equal time: what a pattern reaches in --seconds of training, compiling and scoring left
 out, the number of steps by its own measured speed. Equal steps: what it reaches in the
@@ -18,15 +18,16 @@ Finished cells are read from --out and skipped; cells of other hardware or versi
 into a file of their own. A cell that was stopped goes on from its checkpoint in
 --workdir. With --minutes no cell begins that would not end within them.
 
-Writes {hardware, versions, trials, rows: [{data, size, pattern, seed, limit_s (the
---seconds), budget (steps | time | both, of dense), steps, seconds (of training),
-validation, test (bits per byte or dim), command}]}.
+Writes {hardware, versions, trials, rows: [{data, size, pattern, seed, learning_rate,
+limit_s (the --seconds), budget (steps | time | both, of dense), steps, seconds (of
+training), validation, test (bits per byte or dim), command}]}.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import shlex
 import statistics
@@ -72,10 +73,11 @@ OF_ALL = {
     "log.tensorboard": False,
 }
 SCALED = {
-    "books": {"model.layers": 6, "optim.learning_rate": 2e-3},
-    "cifar10": {"model.layers": 12, "optim.learning_rate": 2e-3},
+    "books": {"model.layers": 6},
+    "cifar10": {"model.layers": 12},
 }
-KEY = ("data", "size", "pattern", "seed", "limit_s")
+LEARNING_RATES = {"scaled": 2e-3, "full": 1e-3}
+KEY = ("data", "size", "pattern", "seed", "learning_rate", "limit_s")
 
 
 def main() -> None:
@@ -84,6 +86,9 @@ def main() -> None:
     parser.add_argument("--cifar10", help="as --config.data.path of configs/cifar10.py")
     parser.add_argument("--sizes", default="scaled,full")
     parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument(
+        "--learning_rates", type=float, nargs="+", help=f"default: {LEARNING_RATES}"
+    )
     parser.add_argument("--seconds", type=int, default=420, help="of training")
     parser.add_argument("--minutes", type=float, help="begin nothing that takes longer")
     parser.add_argument("--workdir", type=Path, default=Path("runs/table2"))
@@ -98,10 +103,12 @@ def main() -> None:
     bench = Bench(args, given)
     for seed in range(args.seeds):
         for size in args.sizes.split(","):
-            for data in given:
+            rates = args.learning_rates or [LEARNING_RATES[size]]
+            for data, rate in itertools.product(given, rates):
                 for pattern in PATTERNS[data]:
+                    key = (data, size, pattern, seed, rate, args.seconds)
                     for budget in ("steps", "time"):
-                        bench.cell(budget, data, size, pattern, seed, args.seconds)
+                        bench.cell(budget, *key)
 
 
 class Bench:
@@ -154,7 +161,8 @@ class Bench:
         self.stop_if_late(0.0)
         name = "-".join([*key.values(), "trial"])
         options = {"train.steps": TRIAL_STEPS, "eval.max_windows": 8}
-        _, rows = self.train(name, {**key, "seed": 0}, options)
+        run = {**key, "seed": 0, "learning_rate": LEARNING_RATES[key["size"]]}
+        _, rows = self.train(name, run, options)
         trial = {**key, "steps_per_s": self.steps_per_s(name, rows)}
         self.result["trials"].append(trial)
         self.write()
@@ -187,6 +195,7 @@ class Bench:
             **OF_ALL,
             **(SCALED[data] if size == "scaled" else {}),
             "model.patterns": PATTERNS[data][key["pattern"]],
+            "optim.learning_rate": key["learning_rate"],
             **options,
         }
         words = [f"--config.{option}={value}" for option, value in options.items()]

@@ -300,13 +300,13 @@ PAPER_TABLE2 = {
 
 def table2_table(result: dict) -> str:
     """A line a model and pattern: test scores, the median over seeds."""
-    names = "size", "data", "limit_s", "pattern"
+    names = "size", "data", "limit_s", "learning_rate", "pattern"
     cells: dict[tuple, list[dict]] = {}
     for row in result["rows"]:
         cells.setdefault(tuple(row[name] for name in names), []).append(row)
-    head = "model, seconds, pattern, paper, equal steps, equal time, steps in that time"
-    lines = [head.split(", ")]
-    for (size, data, limit, pattern), rows in cells.items():
+    head = "model, seconds, learning rate, pattern, paper, equal steps, equal time"
+    lines = [[*head.split(", "), "steps in that time"]]
+    for (size, data, limit, rate, pattern), rows in cells.items():
         steps, time = (
             [row for row in rows if row["budget"] in (budget, "both")]
             for budget in ("steps", "time")
@@ -315,6 +315,7 @@ def table2_table(result: dict) -> str:
             [
                 f"{data}, {size}",
                 f"{limit}",
+                f"{rate:g}",
                 pattern,
                 PAPER_TABLE2[data, pattern],
                 _over_seeds([row["test"] for row in steps]),
@@ -368,8 +369,9 @@ def tables() -> dict[str, str]:
         made["context_bytes"] = context_bytes_table(result)
     if result := _result("scaling"):
         made["scaling"] = scaling_table(result)
-    if result := _result("table2"):
-        made["table2"] = table2_table(result)
+    for name in ("table2", "table2_h100"):
+        if result := _result(name):
+            made[name] = table2_table(result)
     return made
 
 

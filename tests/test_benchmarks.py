@@ -292,7 +292,7 @@ def test_table2_trains_every_cell_once(monkeypatch, tmp_path, capsys):
     ]
     assert sparse[0]["steps"] == dense["steps"]
     assert all(0 < row["test"] <= 8.1 for row in result["rows"])
-    assert "| books, scaled | 1 | fixed |" in tables.table2_table(result)
+    assert "| books, scaled | 1 | 0.002 | fixed |" in tables.table2_table(result)
     # Finished cells are skipped, and what does not fit is not begun.
     capsys.readouterr()
     table2.main()
@@ -313,11 +313,13 @@ def test_table2_trains_every_cell_once(monkeypatch, tmp_path, capsys):
 
 def test_table2_of_several_seeds():
     row = {"data": "cifar10", "size": "full", "limit_s": 420, "pattern": "dense"}
-    row |= {"budget": "both", "steps": 1234}
+    row |= {"budget": "both", "steps": 1234, "learning_rate": 1e-3}
     rows = [row | {"seed": i, "test": test} for i, test in enumerate([3.1, 3.3, 3.2])]
     table = tables.table2_table({"hardware": "it", "versions": {}, "rows": rows})
     scores = "3.200 (3.100 to 3.300, 3 seeds)"
-    line = f"| cifar10, full | 420 | dense | 2.82 | {scores} | {scores} | 1,234 |"
+    line = (
+        f"| cifar10, full | 420 | 0.001 | dense | 2.82 | {scores} | {scores} | 1,234 |"
+    )
     assert line in table
 
 

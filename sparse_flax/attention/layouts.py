@@ -112,3 +112,12 @@ def _kept(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
     # after, and once into the stack of results that the backward pass will read.
     out, lse = jax.lax.optimization_barrier((out, lse))
     return checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
+
+
+def row_products(out_BTHV: jax.Array, d_out_BTHV: jax.Array) -> jax.Array:
+    """Return rowsum(out * d_out) in float32, by head: (B, H, T).
+
+    XLA reads both once. As an einsum it took up to a third longer, on an H200.
+    """
+    products = out_BTHV.astype(jnp.float32) * d_out_BTHV.astype(jnp.float32)
+    return products.sum(-1).swapaxes(1, 2)

@@ -253,21 +253,24 @@ def backward(
         )
         l = l * LOG2E
         plgpu.barrier_wait(key_bar)
-        sums = (tiles.zeros(M, K),)
-        for i in range(n):
-            s, dp = tiles.multiply(
-                (qs.at[0], ks.at[i].transpose((1, 0))),
-                (dos.at[0], vs.at[i].transpose((1, 0))),
-            )
-            x = l
-            if i:
-                outside = jnp.where(t0 - i * M >= 0, 0.0, jnp.inf)
-                x = l + outside.astype(jnp.float32)
-            s = s * (scale * LOG2E) - tiles.per_row(x, s)
-            p = jnp.exp2(within(s, i * M, window))
-            ds = (p * (dp - tiles.per_row(e, dp))).astype(dtype)
-            sums = tiles.accumulate(sums, [(0, ds, lambda i=i: ks.at[i])], interpret)
-        x = sums[0] * scale
+
+        def turn(i):
+            def weights(s):
+                x = l
+                if i:
+                    outside = jnp.where(t0 - i * M >= 0, 0.0, jnp.inf)
+                    x = l + outside.astype(jnp.float32)
+                s = s * (scale * LOG2E) - tiles.per_row(x, s)
+                return jnp.exp2(within(s, i * M, window))
+
+            def slopes(p, dp):
+                return p * (dp - tiles.per_row(e, dp))
+
+            return lambda: (qs.at[0], dos.at[0], ks.at[i], vs.at[i]), weights, slopes
+
+        turns = [turn(i) for i in range(n)]
+        x = tiles.add_query_gradients(tiles.zeros(M, K), turns, dtype, interpret)
+        x = x * scale
         if into:
             plgpu.barrier_wait(dq_bar)
             x = x + plgpu.load(gs, layout=LAYOUT).astype(jnp.float32)
@@ -281,23 +284,24 @@ def backward(
         plgpu.barrier_wait(query_bar)
         sums = (tiles.zeros(M, V), tiles.zeros(M, K))
         for i in range(n):
-            s, dp = tiles.multiply(
-                (ks.at[0], qs.at[i].transpose((1, 0))),
-                (vs.at[0], dos.at[i].transpose((1, 0))),
-            )
             l = plgpu.load(ls.at[i], layout=LAYOUT.reduce(0)) * LOG2E
             e = plgpu.load(es.at[i], layout=LAYOUT.reduce(0))
             if i:
                 outside = jnp.where(t0 + i * M < T, 0.0, jnp.inf)
                 l = l + outside.astype(jnp.float32)
-            s = s * (scale * LOG2E) - tiles.per_column(l, s)
-            p = jnp.exp2(within(s, i * M, window, keys=0))
-            ds = (p * (dp - tiles.per_column(e, dp))).astype(dtype)
-            products = [
-                (0, p.astype(dtype), lambda i=i: dos.at[i]),
-                (1, ds, lambda i=i: qs.at[i]),
-            ]
-            sums = tiles.accumulate(sums, products, interpret)
+
+            def weights(s, i=i, l=l):
+                s = s * (scale * LOG2E) - tiles.per_column(l, s)
+                return jnp.exp2(within(s, i * M, window, keys=0))
+
+            sums = tiles.add_key_gradients(
+                sums,
+                lambda i=i: (ks.at[0], vs.at[0], qs.at[i], dos.at[i]),
+                weights,
+                lambda p, dp, e=e: p * (dp - tiles.per_column(e, dp)),
+                dtype,
+                interpret,
+            )
         x, y = sums[0], sums[1] * scale
         if into:
             plgpu.barrier_wait(dkv_bar)

@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from sparse_flax.attention.hopper import band, steps, tiles
+from sparse_flax.attention.hopper import band, tiles
 from sparse_flax.attention.hopper.tiles import LAYOUT, LOG2E, M
 
 SLOTS = 2
@@ -96,10 +96,10 @@ def backward(
             return jnp.where(d < window - i * M, s, -jnp.inf)
 
         def query_side(total, keys, values, x, masked):
-            s, dp = tiles.multiply(
-                (qs, keys().transpose((1, 0))), (dos, values().transpose((1, 0)))
-            )
-            p = jnp.exp2(masked(s * (scale * LOG2E) - tiles.per_row(x, s)))
+            def weights(s):
+                return jnp.exp2(masked(s * (scale * LOG2E) - tiles.per_row(x, s)))
+
+            p, dp = tiles.weigh([(qs, keys()), (dos, values())], weights, interpret)
             ds = (p * (dp - tiles.per_row(e, dp))).astype(dtype)
             return tiles.accumulate((total,), [(0, ds, keys)], interpret)[0]
 
@@ -121,12 +121,15 @@ def backward(
             """Return dq from the triangles seen of the farthest and the own chunk."""
             plgpu.barrier_wait(ring.at[0])
             outside = jnp.where(t0 - back * M >= 0, 0.0, jnp.inf).astype(jnp.float32)
-            far, own = steps.scores((qs, ring_k.at[0]), (qs, ks))
-            is_own = band.own_end(own)
-            s = jnp.where(is_own, own, upper(far - outside, back))
-            p = jnp.exp2(s * (scale * LOG2E) - tiles.per_row(l, s))
-            far, own = steps.scores((dos, ring_v.at[0]), (dos, vs))
-            ds = p * (jnp.where(is_own, own, far) - tiles.per_row(e, own))
+
+            def weights(far, own):
+                s = jnp.where(band.own_end(own), own, upper(far - outside, back))
+                return jnp.exp2(s * (scale * LOG2E) - tiles.per_row(l, s))
+
+            pairs = [(qs, ring_k.at[0]), (qs, ks), (dos, ring_v.at[0]), (dos, vs)]
+            p, far, own = tiles.weigh(pairs, weights, interpret)
+            dp = jnp.where(band.own_end(own), own, far)
+            ds = p * (dp - tiles.per_row(e, dp))
             own, far = band.split_ends(ds)
             products = [
                 (0, own.astype(dtype), lambda: ks),
@@ -154,26 +157,19 @@ def backward(
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(gs, at(dq, t0))
 
-        def key_side(d_key, d_value, queries, d_outs, i, outside, masked):
-            (s,) = tiles.multiply((ks, queries().transpose((1, 0))))
+        def key_side(sums, queries, d_outs, i, outside, masked):
             l = plgpu.load(ls.at[i], layout=LAYOUT.reduce(0)) * LOG2E + outside
-            p = jnp.exp2(masked(s * (scale * LOG2E) - tiles.per_column(l, s)))
-            p = p.astype(dtype)  # kept in few bits: registers are short here
-            if interpret:
-                (dp,) = tiles.multiply((vs, d_outs().transpose((1, 0))))
-                (d_value,) = tiles.accumulate((d_value,), [(0, p, d_outs)], interpret)
-            else:
-
-                def both(refs):
-                    plgpu.wgmma(refs[0], p, d_outs())
-                    plgpu.wgmma(refs[1], vs, d_outs().transpose((1, 0)))
-
-                start = (plgpu.ACC.init(d_value), plgpu.ACC.init(tiles.zeros(M, M)))
-                d_value, dp = pl.run_state(both)(start)
             e = plgpu.load(es.at[i], layout=LAYOUT.reduce(0))
-            ds = (p.astype(jnp.float32) * (dp - tiles.per_column(e, dp))).astype(dtype)
-            (d_key,) = tiles.accumulate((d_key,), [(0, ds, queries)], interpret)
-            return d_key, d_value
+            return tiles.add_key_gradients(
+                sums,
+                lambda: (ks, vs, queries(), d_outs()),
+                lambda s: jnp.exp2(
+                    masked(s * (scale * LOG2E) - tiles.per_column(l, s))
+                ),
+                lambda p, dp: p * (dp - tiles.per_column(e, dp)),
+                dtype,
+                interpret,
+            )
 
         def after(i, sums):
             step = back + i - 1
@@ -181,7 +177,7 @@ def backward(
             plgpu.barrier_wait(ring.at[slot])
             outside = jnp.where(t0 + i * M < T, 0.0, jnp.inf).astype(jnp.float32)
             sums = key_side(
-                *sums,
+                sums,
                 lambda: ring_k.at[slot],
                 lambda: ring_v.at[slot],
                 i,
@@ -192,15 +188,14 @@ def backward(
             return sums
 
         sums = key_side(
-            tiles.zeros(M, K),
-            tiles.zeros(M, V),
+            (tiles.zeros(M, V), tiles.zeros(M, K)),
             lambda: qs,
             lambda: dos,
             0,
             0.0,
             lambda s: band.within(s, 0, window, keys=0),
         )
-        d_key, d_value = lax.fori_loop(1, n, after, sums)
+        d_value, d_key = lax.fori_loop(1, n, after, sums)
         d_key = d_key * scale
         out_k, out_v = ring_k.at[last % SLOTS], ring_v.at[last % SLOTS]
         if into:

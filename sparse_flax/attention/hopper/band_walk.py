@@ -178,8 +178,10 @@ def backward(
             stage, half = lax.rem(u, STAGES), lax.rem(u, 2)
             outside = jnp.where(first + i >= 0, 0.0, jnp.inf).astype(jnp.float32)
             plgpu.barrier_wait(ready.at[stage])
-            s, dp = steps.scores(
-                (ks.at[buffer], qs.at[stage]), (vs.at[buffer], dos.at[stage])
+            # No weights while dp is computed (tiles.weigh): it was slower here.
+            s, dp = tiles.multiply(
+                (ks.at[buffer], qs.at[stage].transpose((1, 0))),
+                (vs.at[buffer], dos.at[stage].transpose((1, 0))),
             )
             # Not sooner: the others wait for this warpgroup's first pair.
             pl.when((d == 0) & (i >= W - back))(lambda: refill(i - W))

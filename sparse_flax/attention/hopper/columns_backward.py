@@ -80,36 +80,45 @@ def backward(
         def slot(a, t):
             return dss.at[pl.ds(pairs.index((a, t)) * M, M)]
 
-        def keys_of(a):
-            """Sum up dk and dv of key tile a, from the query tiles at or after it."""
-            key, key_new = each[a]
-            sums = (tiles.zeros(M, V), tiles.zeros(M, K))
-            for t in range(a, len(each)):
-                query, query_new = each[t]
-                queries, d_outs = qs.at[pl.ds(query, M)], dos.at[pl.ds(query, M)]
-                s, dp = tiles.multiply(
-                    (ks.at[pl.ds(key, M)], queries.transpose((1, 0))),
-                    (vs.at[pl.ds(key, M)], d_outs.transpose((1, 0))),
-                )
-                by_query = LAYOUT.reduce(0)
-                l = plgpu.load(ls.at[pl.ds(query, M)], layout=by_query) * LOG2E
-                e = plgpu.load(es.at[pl.ds(query, M)], layout=by_query)
+        def pair(a, t, sums):
+            """Add to (dv, dk) of key tile a what query tile t gives."""
+            (key, key_new), (query, query_new) = each[a], each[t]
+            i_new = query_new if query_new > query else 0
+            j_new = key_new if key_new > key else 0
+            keys, queries = pl.ds(key, M), pl.ds(query, M)
+            by_query = LAYOUT.reduce(0)
+
+            def weights(s):
+                l = plgpu.load(ls.at[queries], layout=by_query) * LOG2E
                 s = s * (scale * LOG2E) - tiles.per_column(l, s)
-                if a == t or query_new > query or key_new > key:
-                    j = tiles.positions(s, 0) + key
+                if a == t or i_new or j_new:
                     i = tiles.positions(s, 1) + query
-                    i_new = query_new if query_new > query else 0
-                    j_new = key_new if key_new > key else 0
-                    s = jnp.where(packing.sees(i, j, i_new, j_new, strict), s, -jnp.inf)
-                p = jnp.exp2(s)
+                    j = tiles.positions(s, 0) + key
+                    sees = packing.sees(i, j, i_new, j_new, strict)
+                    s = jnp.where(sees, s, -jnp.inf)
+                return jnp.exp2(s)
+
+            def slopes(p, dp):
+                e = plgpu.load(es.at[queries], layout=by_query)
                 ds = (p * (dp - tiles.per_column(e, dp))).astype(dtype)
                 slot(a, t)[...] = ds
-                products = [
-                    (0, p.astype(dtype), lambda at=query: dos.at[pl.ds(at, M)]),
-                    (1, ds, lambda at=query: qs.at[pl.ds(at, M)]),
-                ]
-                sums = tiles.accumulate(sums, products, interpret)
-            return key, sums[0].astype(dtype), (sums[1] * scale).astype(dtype)
+                return ds
+
+            return tiles.add_key_gradients(
+                sums,
+                lambda: (ks.at[keys], vs.at[keys], qs.at[queries], dos.at[queries]),
+                weights,
+                slopes,
+                dtype,
+                interpret,
+            )
+
+        def keys_of(a):
+            """Sum up dk and dv of key tile a, from the query tiles at or after it."""
+            sums = (tiles.zeros(M, V), tiles.zeros(M, K))
+            for t in range(a, len(each)):
+                sums = pair(a, t, sums)
+            return each[a][0], sums[0].astype(dtype), (sums[1] * scale).astype(dtype)
 
         done = [keys_of(a) for a in range(len(each))]
         # Nothing reads v and q any more: they carry dv and dk out.

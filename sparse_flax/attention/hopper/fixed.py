@@ -12,7 +12,6 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from sparse_flax.attention.hopper import fixed_backward, fixed_forward, tiles
 from sparse_flax.attention.hopper.fixed_walk import Walk
@@ -22,6 +21,7 @@ from sparse_flax.attention.layouts import (
     attend_by,
     fit,
     positive,
+    row_products,
     sum_groups,
     up,
 )
@@ -125,7 +125,7 @@ class FixedPlan:
             forward, summaries, blocks = Cut(2, 64, 2, 1), Cut(2), Cut(2, 64, 2, 1)
         else:
             forward = Cut(4, 128, 3, 1)
-            summaries, blocks = Cut(3, 64, 3, 2), Cut(4, 64, 4, 2)
+            summaries, blocks = Cut(3, 64, 3, 2, True), Cut(4, 64, 4, 2, True)
         return cls(walk, width, scale, interpret, forward, summaries, blocks)
 
     def padded(self, x_BTHK: jax.Array) -> jax.Array:
@@ -150,10 +150,7 @@ def _forward(plan: FixedPlan, q, k, v):
 
 
 def _backward(plan: FixedPlan, q, k, v, out, lse, d_out):
-    delta_BHT = jnp.einsum(
-        "BTHK,BTHK->BHT", out, d_out, preferred_element_type=jnp.float32
-    )
-    args = (q, k, v, d_out, lse, delta_BHT)
+    args = (q, k, v, d_out, lse, row_products(out, d_out))
     common = {"walk": plan.walk, "scale": plan.scale, "interpret": plan.interpret}
     summed = None
     if plan.walk.summary:

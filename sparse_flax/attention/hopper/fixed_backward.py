@@ -79,7 +79,6 @@ def summary_gradients(
         copy_summaries(walk, (k, v), (ks, vs), kv_bar, w, mine, (b, h, kv))
         pl.when(w == 0)(start)
         plgpu.barrier_wait(kv_bar.at[w])
-        keys, values = ks.at[w], vs.at[w]
 
         def take(masked):
             def use(j, buffer, sums):
@@ -91,8 +90,8 @@ def summary_gradients(
 
                 return steps.add_key_gradients(
                     sums,
-                    (keys, values),
-                    tuple(x.at[buffer] for x in (qs, d_outs, lses, deltas)),
+                    lambda: (ks.at[w], vs.at[w], qs.at[buffer], d_outs.at[buffer]),
+                    lambda: (lses.at[buffer], deltas.at[buffer]),
                     mask,
                     factor,
                     dtype,
@@ -108,8 +107,8 @@ def summary_gradients(
         over_queries(0, since - begin, skip, 0)
         sums = over_queries(since - begin, whole - begin, take(masked=True), sums)
         sums = over_queries(whole - begin, end - begin, take(masked=False), sums)
-        ks[w] = (sums[0] * scale).astype(dtype)
-        vs[w] = sums[1].astype(dtype)
+        vs[w] = sums[0].astype(dtype)
+        ks[w] = (sums[1] * scale).astype(dtype)
         plgpu.commit_smem()
         at = (b, pl.ds(M + mine, M), h)
         plgpu.copy_smem_to_gmem(ks.at[w], dk.at[at])
@@ -166,7 +165,7 @@ def block_gradients(
     def body(q, k, v, d_out, lse, delta, *refs):
         (sum_k, sum_v), refs = (refs[:2], refs[2:]) if C else ((None, None), refs)
         dq, dk, dv, qs, d_outs, own_k, own_v, lses, deltas, ks, vs, *refs = refs
-        own_bar, full, free, done = refs
+        query_bar, own_bar, sum_bar, full, free, done = refs
         b, h, w = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
         kv = lax.div(h, group)
         t0 = (T // Q - 1 - lax.axis_index("tile")) * Q  # the longest walks go first
@@ -179,18 +178,15 @@ def block_gradients(
 
         start, over_slots = ring(issue, full, free, total, cut, w)
         here = pl.ds(row, M)
-        for ref, buffer, head in (
-            (q, qs, h),
-            (d_out, d_outs, h),
-            (k, own_k, kv),
-            (v, own_v, kv),
-        ):
-            plgpu.copy_gmem_to_smem(ref.at[b, here, head], buffer.at[w], own_bar)
-        plgpu.copy_gmem_to_smem(lse.at[b, h, here], lses.at[w], own_bar)
-        plgpu.copy_gmem_to_smem(delta.at[b, h, here], deltas.at[w], own_bar)
+        for ref, buffer in ((q, qs), (d_out, d_outs)):
+            plgpu.copy_gmem_to_smem(ref.at[b, here, h], buffer.at[w], query_bar.at[w])
+        for ref, buffer in ((lse, lses), (delta, deltas)):
+            plgpu.copy_gmem_to_smem(ref.at[b, h, here], buffer.at[w], query_bar.at[w])
         if C:
             pl.when(w == 0)(start)
-        plgpu.barrier_wait(own_bar)
+        for ref, buffer in ((k, own_k), (v, own_v)):  # not needed before the end
+            plgpu.copy_gmem_to_smem(ref.at[b, here, kv], buffer.at[w], own_bar)
+        plgpu.barrier_wait(query_bar.at[w])
         queries, d_outs_held = qs.at[w], d_outs.at[w]
         lse_row = plgpu.load(lses.at[w], layout=LAYOUT.reduce(1)) * LOG2E
         delta_row = plgpu.load(deltas.at[w], layout=LAYOUT.reduce(1))
@@ -229,31 +225,43 @@ def block_gradients(
             keys, values = lambda: own_k.at[a], lambda: own_v.at[a]
             return add_query_gradients(acc, others=(keys, values), mask=mask)
 
-        def own_key_scores(t, with_values):
-            pairs = [(own_k.at[w], qs.at[t]), (own_v.at[w], d_outs.at[t])]
-            s, *dp = steps.scores(*pairs[: 1 + with_values])
-            s = causal(s, keys=0, queries=1, key_tile=w, query_tile=t)
-            return steps.column_weights(s, lses.at[t], factor), *dp
+        def own_key_weights(t):
+            def weights(s):
+                s = causal(s, keys=0, queries=1, key_tile=w, query_tile=t)
+                return steps.column_weights(s, lses.at[t], factor)
+
+            return weights
 
         def own_dk(t, dk):
-            p, dp = own_key_scores(t, True)
+            pairs = [(own_k.at[w], qs.at[t]), (own_v.at[w], d_outs.at[t])]
+            p, dp = tiles.weigh(pairs, own_key_weights(t), interpret)
             ds = steps.column_slopes(p, dp, deltas.at[t]).astype(dtype)
             products = [(0, ds, lambda: qs.at[t])]
             return tiles.accumulate((dk,), products, interpret)[0]
 
         def own_dv(t, dv):
-            (p,) = own_key_scores(t, False)
-            products = [(0, p.astype(dtype), lambda: d_outs.at[t])]
+            (s,) = tiles.multiply((own_k.at[w], qs.at[t].transpose((1, 0))))
+            p = own_key_weights(t)(s).astype(dtype)
+            products = [(0, p, lambda: d_outs.at[t])]
             return tiles.accumulate((dv,), products, interpret)[0]
 
-        def from_summaries(ref):
-            # Row i of the tile lies in slot mine * C + ahead + i, if in the slice.
-            ahead = row - mine * S - walk.slice_start(h)
-            at = jnp.clip(M + mine * C + ahead, 0, ref.shape[1] - M)
-            at = (b, pl.ds(at, M), h)
-            x = plgpu.load(ref.at[at], layout=LAYOUT, optimized=False)
-            i = tiles.positions(x, 0) + ahead
-            return jnp.where((i >= 0) & (i < C), x.astype(jnp.float32), 0.0)
+        # Row i of the tile lies in slot mine * C + ahead + i, if in the slice.
+        ahead = row - mine * S - walk.slice_start(h) if C else None
+        summed_rows = vs.at[w, pl.ds(0, M)]
+
+        def fetch_summed(ref):
+            if C:
+                at = jnp.clip(M + mine * C + ahead, 0, ref.shape[1] - M)
+                rows = ref.at[b, pl.ds(at, M), h]
+                plgpu.copy_gmem_to_smem(rows, summed_rows, sum_bar.at[w])
+
+        def add_summed(x):
+            if not C:
+                return x
+            plgpu.barrier_wait(sum_bar.at[w])
+            y = plgpu.load(summed_rows, layout=LAYOUT).astype(jnp.float32)
+            i = tiles.positions(y, 0) + ahead
+            return x + jnp.where((i >= 0) & (i < C), y, 0.0)
 
         def leave(x, buffer, ref):
             buffer[...] = x.astype(dtype)
@@ -266,16 +274,19 @@ def block_gradients(
             acc = over_slots(whole, total, summaries(masked=True), acc)
         since = w if walk.self_only else lax.div((mine - first) * S, M)
         until = w + 1 if walk.self_only else since + S // M
+        plgpu.barrier_wait(own_bar)
         acc = lax.fori_loop(since, w + 1, own_queries, acc)
         plgpu.barrier_arrive(done)
         plgpu.barrier_wait(done)
         # Nobody reads the ring any more, nor another's own keys: they carry results.
         # dk and dv are made one after the other, for want of registers.
         leave(acc * scale, ks.at[w, pl.ds(0, M)], dq)
+        fetch_summed(sum_k)
         x = lax.fori_loop(w, until, own_dk, tiles.zeros(M, K)) * scale
-        leave(x + from_summaries(sum_k) if C else x, own_v.at[w], dk)
+        leave(add_summed(x), own_v.at[w], dk)
+        fetch_summed(sum_v)
         x = lax.fori_loop(w, until, own_dv, tiles.zeros(M, K))
-        leave(x + from_summaries(sum_v) if C else x, own_k.at[w], dv)
+        leave(add_summed(x), own_k.at[w], dv)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     vector = plgpu.SMEM((W, M), jnp.float32)
@@ -292,7 +303,9 @@ def block_gradients(
             vector,
             tiles.swizzled((cut.stages, N, K), dtype),
             tiles.swizzled((cut.stages, N, K), dtype),
-            plgpu.Barrier(num_arrivals=6 * W),
+            plgpu.Barrier(num_arrivals=4, num_barriers=W),
+            plgpu.Barrier(num_arrivals=2 * W),
+            plgpu.Barrier(num_barriers=W),
             plgpu.Barrier(num_arrivals=2 * pieces, num_barriers=cut.stages),
             plgpu.Barrier(num_arrivals=W, num_barriers=cut.stages),
             plgpu.Barrier(num_arrivals=W),

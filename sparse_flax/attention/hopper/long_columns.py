@@ -64,27 +64,40 @@ def backward(
             plgpu.barrier_arrive(both.at[i])
             plgpu.barrier_wait(both.at[i])
 
-        def keys_of(a):
-            sums = (tiles.zeros(M, K), tiles.zeros(M, K))
-            for t in range(a, n):
-                s, dp = tiles.multiply(
-                    (ks.at[rows(a)], qs.at[rows(t)].transpose((1, 0))),
-                    (vs.at[rows(a)], dos.at[rows(t)].transpose((1, 0))),
-                )
-                l = plgpu.load(ls.at[rows(t)], layout=LAYOUT.reduce(0)) * LOG2E
-                e = plgpu.load(es.at[rows(t)], layout=LAYOUT.reduce(0))
+        def pair(a, t, sums):
+            l = plgpu.load(ls.at[rows(t)], layout=LAYOUT.reduce(0)) * LOG2E
+            e = plgpu.load(es.at[rows(t)], layout=LAYOUT.reduce(0))
+
+            def weights(s):
                 s = s * (scale * LOG2E) - tiles.per_column(l, s)
                 if a == t:
                     j, i = tiles.positions(s, 0), tiles.positions(s, 1)
                     s = jnp.where(i > j if strict else i >= j, s, -jnp.inf)
-                p = jnp.exp2(s)
+                return jnp.exp2(s)
+
+            def slopes(p, dp):
                 ds = (p * (dp - tiles.per_column(e, dp))).astype(dtype)
                 slot(a, t)[...] = ds
-                products = [
-                    (0, p.astype(dtype), lambda t=t: dos.at[rows(t)]),
-                    (1, ds, lambda t=t: qs.at[rows(t)]),
-                ]
-                sums = tiles.accumulate(sums, products, interpret)
+                return ds
+
+            return tiles.add_key_gradients(
+                sums,
+                lambda: (
+                    ks.at[rows(a)],
+                    vs.at[rows(a)],
+                    qs.at[rows(t)],
+                    dos.at[rows(t)],
+                ),
+                weights,
+                slopes,
+                dtype,
+                interpret,
+            )
+
+        def keys_of(a):
+            sums = (tiles.zeros(M, K), tiles.zeros(M, K))
+            for t in range(a, n):
+                sums = pair(a, t, sums)
             return sums
 
         def work(my_tiles):

@@ -22,7 +22,7 @@ def cuts_of(K: int, V: int) -> tuple[Cut, Cut]:
     """For dq, and for dk and dv: what is fastest for the like walks of `Fixed`."""
     if max(K, V) > M:
         return Cut(2, 64, 2, 1), Cut(2)
-    return Cut(4, 64, 4, 2), Cut(3, 64, 3, 2)
+    return Cut(4, 64, 4, 2, True), Cut(3, 64, 3, 2, True)
 
 
 def backward(
@@ -158,15 +158,15 @@ def _key_gradients(q, k, v, d_out, lse, delta, *, scale, span, into, cut, interp
         def use(buffer, mask, sums):
             return steps.add_key_gradients(
                 sums,
-                (ks.at[w], vs.at[w]),
-                tuple(x.at[buffer] for x in (qs, d_outs, lses, deltas)),
+                lambda: (ks.at[w], vs.at[w], qs.at[buffer], d_outs.at[buffer]),
+                lambda: (lses.at[buffer], deltas.at[buffer]),
                 mask,
                 scale * LOG2E,
                 dtype,
                 interpret,
             )
 
-        x, y = walk.over(use, (tiles.zeros(M, K), tiles.zeros(M, V)))
+        y, x = walk.over(use, (tiles.zeros(M, V), tiles.zeros(M, K)))
         x = x * scale
         if into:
             plgpu.commit_smem()  # every warp has finished reading k and v

@@ -51,25 +51,28 @@ def finish(carry, dtype):
 def add_query_gradients(acc, own, others, mask, factor, dtype, interpret):
     """Add to dq / scale of the own queries what a tile of keys gives."""
     (queries, d_out, lse_row, delta_row), (keys, values) = own, others
-    s, dp = scores((queries, keys()), (d_out, values()))
-    p = jnp.exp2(mask(s) * factor - tiles.per_row(lse_row, s))
+
+    def weights(s):
+        return jnp.exp2(mask(s) * factor - tiles.per_row(lse_row, s))
+
+    p, dp = tiles.weigh([(queries, keys()), (d_out, values())], weights, interpret)
     ds = (p * (dp - tiles.per_row(delta_row, dp))).astype(dtype)
     return tiles.accumulate((acc,), [(0, ds, keys)], interpret)[0]
 
 
-def add_key_gradients(sums, own, others, mask, factor, dtype, interpret):
-    """Add to (dk / scale, dv) of the own keys what a tile of queries gives."""
-    queries, d_out, lse, delta = others
-    s, dp = scores(*zip(own, (queries, d_out), strict=True))
-    p = column_weights(mask(s), lse, factor)
-    ds = column_slopes(p, dp, delta).astype(dtype)
-    products = [(0, ds, lambda: queries), (1, p.astype(dtype), lambda: d_out)]
-    return tiles.accumulate(sums, products, interpret)
+def add_key_gradients(sums, operands, row_values, mask, factor, dtype, interpret):
+    """Add to (dv, dk / scale) of the own keys what a tile of queries gives.
 
-
-def scores(*pairs):
-    """Return a @ b.T for each pair."""
-    return tiles.multiply(*((a, b.transpose((1, 0))) for a, b in pairs))
+    operands() is (k, v, q, d_out) and row_values() the queries' (lse, delta).
+    """
+    return tiles.add_key_gradients(
+        sums,
+        operands,
+        lambda s: column_weights(mask(s), row_values()[0], factor),
+        lambda p, dp: column_slopes(p, dp, row_values()[1]),
+        dtype,
+        interpret,
+    )
 
 
 def column_weights(s, lse, factor):

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from sparse_flax.attention import parts
 from sparse_flax.attention.hopper import (
@@ -31,6 +30,7 @@ from sparse_flax.attention.layouts import (
     attend_by,
     fit,
     positive,
+    row_products,
     sum_groups,
     up,
 )
@@ -176,7 +176,7 @@ def _backward(halves: Halves, q, k, v, out, lse, d_out):
             )
             delta = delta[:, :, :T]
         else:
-            delta = _delta(out, d_out)
+            delta = row_products(out, d_out)
             rows = (_by_column(x, stride) for x in (lse, delta))
             span = Span(int(strict))
             into = span_backward.backward(
@@ -184,7 +184,7 @@ def _backward(halves: Halves, q, k, v, out, lse, d_out):
             )
         into = [_unfold(x, T, H) for x in into]
     else:
-        delta = _delta(out, d_out)
+        delta = row_products(out, d_out)
     if window:
         padded = up(T, tiles.M)
         args = [fit(x, padded, 1) for x in (q, k, v, d_out)]
@@ -226,12 +226,6 @@ def _window_backward(window: int, K: int, V: int, adds: bool):
     if 2 <= window <= WIDEST_RING_WINDOW:
         return band_ring.backward, window
     return span_backward.backward, Span(window=window)
-
-
-def _delta(out_BTHV, d_out_BTHV):
-    return jnp.einsum(
-        "BTHV,BTHV->BHT", out_BTHV, d_out_BTHV, preferred_element_type=jnp.float32
-    )
 
 
 # ---- Layouts -----------------------------------------------------------------------

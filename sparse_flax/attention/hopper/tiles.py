@@ -109,6 +109,116 @@ def accumulate(
     return pl.run_state(body)(tuple(plgpu.ACC.init(x) for x in sums))
 
 
+def weigh(pairs, weights: Callable, interpret: bool) -> list[jax.Array]:
+    """Return [weights(*first), *others] of the products a @ b.T of `pairs`.
+
+    first and others are half of them each: these are computed while the weights are
+    made of those.
+    """
+    n = len(pairs) // 2
+    pairs = [(a, b.transpose((1, 0))) for a, b in pairs]
+    if interpret:
+        products = multiply(*pairs)
+        return [weights(*products[:n]), *products[n:]]
+
+    def body(refs):
+        for ref, (a, b) in zip(refs, pairs, strict=True):
+            plgpu.wgmma(ref, a, b)
+        first = [plgpu.wgmma_accumulator_load(ref, wait_n=n) for ref in refs[:n]]
+        p = weights(*first)
+        return [p, *(ref[...] for ref in refs[n:])]
+
+    return pl.run_scoped(body, [plgpu.ACC((M, M), jnp.float32)] * (2 * n))
+
+
+def add_key_gradients(
+    sums: tuple[jax.Array, jax.Array],
+    operands: Callable,
+    weights: Callable,
+    slopes: Callable,
+    dtype,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Return (dv + p @ d_out, dk + ds @ q) of 64 keys by 64 queries.
+
+    operands() is (k, v, q, d_out) in shared memory: a function, as in `accumulate`.
+    p = weights(k @ q.T) is made while dp = v @ d_out.T is computed, and
+    ds = slopes(p, dp) while dv is.
+    """
+    if interpret:
+        k, v, q, d_out = operands()
+        p, dp = weigh([(k, q), (v, d_out)], weights, interpret)
+        products = [
+            (0, p.astype(dtype), lambda: d_out),
+            (1, slopes(p, dp).astype(dtype), lambda: q),
+        ]
+        return accumulate(sums, products, interpret)
+
+    def body(totals):
+        def inner(refs):
+            k, v, q, d_out = operands()
+            plgpu.wgmma(refs[0], k, q.transpose((1, 0)))
+            plgpu.wgmma(refs[1], v, d_out.transpose((1, 0)))
+            p = weights(plgpu.wgmma_accumulator_load(refs[0], wait_n=1))
+            plgpu.wgmma(totals[0], p.astype(dtype), d_out)
+            dp = plgpu.wgmma_accumulator_load(refs[1], wait_n=1)
+            plgpu.wgmma(totals[1], slopes(p, dp).astype(dtype), q)
+
+        pl.run_scoped(inner, [plgpu.ACC((M, M), jnp.float32)] * 2)
+
+    return pl.run_state(body)(tuple(plgpu.ACC.init(x) for x in sums))
+
+
+def add_query_gradients(
+    total: jax.Array, turns: Sequence[tuple], dtype, interpret: bool
+) -> jax.Array:
+    """Return dq + ds @ k, for 64 queries and several tiles of keys.
+
+    A turn is (operands, weights, slopes) as in add_key_gradients, but operands() is
+    (q, d_out, k, v). The scores of the next turn are computed while this one ends.
+    """
+    if interpret:
+        for operands, weights, slopes in turns:
+            q, d_out, k, v = operands()
+            p, dp = weigh([(q, k), (d_out, v)], weights, interpret)
+            products = [(0, slopes(p, dp).astype(dtype), lambda k=k: k)]
+            (total,) = accumulate((total,), products, interpret)
+        return total
+
+    def issue(i, refs):
+        q, d_out, k, v = turns[i][0]()
+        plgpu.wgmma(refs[0], q, k.transpose((1, 0)))
+        plgpu.wgmma(refs[1], d_out, v.transpose((1, 0)))
+
+    def take(i, refs, sums):
+        operands, weights, slopes = turns[i]
+        before = int(i > 0)  # the last turn's product may still be under way
+        p = weights(plgpu.wgmma_accumulator_load(refs[0], wait_n=1 + before))
+        dp = plgpu.wgmma_accumulator_load(refs[1], wait_n=before)
+        ds = slopes(p, dp).astype(dtype)
+
+        def rest(refs):
+            if refs:
+                issue(i + 1, refs)
+            plgpu.wgmma(sums, ds, operands()[2])
+            if refs:
+                take(i + 1, refs, sums)
+
+        if i + 1 < len(turns):
+            pl.run_scoped(rest, [plgpu.ACC((M, M), jnp.float32)] * 2)
+        else:
+            rest(())
+
+    def body(sums):
+        def first(refs):
+            issue(0, refs)
+            take(0, refs, sums)
+
+        pl.run_scoped(first, [plgpu.ACC((M, M), jnp.float32)] * 2)
+
+    return pl.run_state(body)(plgpu.ACC.init(total))
+
+
 def tiles_of(rows: int) -> list[tuple[int, int]]:
     """(first row, first row no tile before has) of the 64-row tiles that cover `rows`.
 
