@@ -62,8 +62,8 @@ class Packing:
         return sees
 
     def of_rows(self, ref, b, group):
-        """Of `ref`, as fold_rows makes it, the function from a row of a pack to the
-        64 from there on: a row holds one token of every column of its head.
+        """Return the function from a row of a pack to the 64 values from there on, in
+        what fold_rows or row_values makes: neighbours are `stride` values apart.
         """
         first = lax.rem(group, self.packs) * self.tile_rows
         s = lax.div(group, self.packs)
