@@ -56,6 +56,7 @@ def finalize(config: ConfigDict) -> tuple[ConfigDict, list[str]]:
             f"data.kind={config.data.kind!r}: nothing is sampled at the end of training"
         )
         config.eval.sample_bytes = 0
+    notices += _see_everything(config.model)
     # As many rows as fit while training.
     rows = config.train.batch_size // config.train.accumulate
     config.eval.batch_size = config.eval.batch_size or rows
@@ -254,6 +255,19 @@ def _check_model(m: ConfigDict) -> None:
             f"model.position_shape={tuple(m.position_shape)} has {places} places for "
             f"model.context={m.context} tokens; try () to derive it"
         )
+
+
+def _see_everything(m: ConfigDict) -> list[str]:
+    """Return a sentence for each pattern that is dense within the context."""
+    T = m.context
+    return [
+        f"{pattern!r} sees all of model.context={T}, as Dense() does"
+        for pattern in dict.fromkeys(attention.parse(m.patterns))
+        if not isinstance(pattern, attention.Dense)
+        and all(
+            2 * pattern.pairs(T, h) == T * (T + 1) for h in range(pattern.head_period)
+        )
+    ]
 
 
 def _stride(pattern: attention.Pattern, context: int) -> int:

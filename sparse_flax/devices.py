@@ -66,6 +66,9 @@ KINDS = {
     "TPU v5": "TPU v5p",
 }
 
+# GPUs that compute in bfloat16 slowly or not at all.
+NO_BFLOAT16 = ("V100 32GB", "V100 16GB", "T4")
+
 # JAX takes this share of a GPU's memory when it starts, unless told otherwise; most of
 # the rest can be had, but for what CUDA and its libraries need themselves.
 FRACTION_VARIABLE = "XLA_CLIENT_MEM_FRACTION"
@@ -92,6 +95,13 @@ def peak(device_kind: str) -> float | None:
 def bandwidth(device_kind: str) -> float | None:
     """Return a device's memory bandwidth in bytes/s, or None where we know of none."""
     return BANDWIDTHS.get(_find(device_kind), 0) * 1e12 or None
+
+
+def dtype_notice(device_kind: str, dtype: str) -> str | None:
+    """Return a sentence where a device lacks the type of the activations."""
+    if _find(device_kind) not in NO_BFLOAT16 or dtype != "bfloat16":
+        return None
+    return f"a {_find(device_kind)} has no bfloat16: --config.model.dtype=float16"
 
 
 def named(name: str) -> Budget:

@@ -56,6 +56,10 @@ def run(
     given = device and devices.named(device)  # before any work
     found = memory.mesh_devices(math.prod(config.mesh[axis] for axis in MESH_AXES))
     budget = given or devices.here()
+    if notice := devices.dtype_notice(
+        budget.device if budget else "", config.model.dtype
+    ):
+        say(f"NOTE: {notice}")
     config_lib.explain_attention(config)  # what is compiled here; or a sentence
     show_costs(config, say, given and given.device)
     return show_memory(config, found, budget, say)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -29,12 +30,12 @@ def run(
     Args:
       config: not yet finalized; config.eval.weights chooses the weights.
       workdir: of the run.
-      folder: where to; an exported model that is there is replaced.
+      folder: where to; what was exported there of the same run is replaced.
       step: of the checkpoint.
       say: called with each line that the user should read.
 
     Raises:
-      UserError: there is none, or the folder holds something else.
+      UserError: there is none, or the folder holds something else, as another run's.
     """
     found, target = RunFolder(workdir), Path(folder).expanduser()
     config, _ = finalize(config)
@@ -44,8 +45,7 @@ def run(
         raise UserError(
             f"--model={folder} holds files of something else; name a new folder"
         )
-    if there:
-        exported.record(target)  # or refuse
+    old = exported.record(target) if there else None  # or refuse
     weights = config.eval.weights
     checkpoints = Checkpointer(found.checkpoints, say=say)
     # One device does, but several processes have to read together.
@@ -58,6 +58,25 @@ def run(
         data = {k: v for k, v in found.saved()["data"].items() if k != "source"}
         data = {"name": config.data.name, **data}
         about = {"step": step, "weights": weights, "data": data}
+        if old and not _of_one_run(old, {"data": data, "config": config.to_dict()}):
+            raise UserError(
+                f"--model={folder} holds a model of another run, at its step "
+                f"{old['step']}; name a new folder, or remove that one first"
+            )
         size = exported.save(target, model, config, about)
     say(f"checkpoint         {step} ({weights} weights)")
     say(f"model              {target} ({size / 1e6:.1f} MB)")
+
+
+def _of_one_run(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether two records agree in the data, and in what a run does not change."""
+    free = (*exported.ELSEWHERE, "train.steps", "eval", "sample", "checkpoint", "log")
+    before, after = (
+        {
+            name: value
+            for name, value in config_lib.flatten(record["config"]).items()
+            if not name.startswith(free)
+        }
+        for record in (old, new)
+    )
+    return before == after and old.get("data") == new["data"]

@@ -197,7 +197,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         if _CONFIG.value is not None:
             _CONFIG.value.to_dict()  # a file that could not be loaded complains now
     except flags.Error as error:
-        raise UserError(str(error)) from None
+        raise UserError(_number_wanted(str(error)) or str(error)) from None
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         frames = traceback.extract_tb(error.__traceback__)
         if any(frame.name == "get_config" for frame in frames):
@@ -217,6 +217,23 @@ def parse_flags(argv: list[str]) -> list[str]:
     if flags.FLAGS["verbosity"].using_default_value:
         flags.FLAGS.verbosity = logging.WARNING
     return rest
+
+
+def _number_wanted(text: str) -> str | None:
+    """Return a sentence for what absl says of a flag that int() or float() refuse."""
+    found = re.match(
+        r"flag (--\S+?)=(.*): (invalid literal for int|could not con)", text
+    )
+    if not found:
+        return None
+    flag, value, kind = found.groups()
+    if not kind.startswith("invalid"):
+        return f"{flag}={value} must be a number, as 0.5 or 1e-3"
+    try:
+        nearest = round(float(value))
+    except (ValueError, OverflowError):
+        return f"{flag}={value} must be a whole number, as 100"
+    return f"{flag}={value} must be a whole number; try {nearest}"
 
 
 def _say(line: str) -> None:
@@ -239,7 +256,9 @@ def entry_point() -> None:
         _end(2, f"error: {error}; put that right and run the same command again")
     except KeyboardInterrupt:
         _end(
-            130, "interrupted; the same command goes on from what was said to be saved"
+            130,
+            "interrupted; the same command goes on from what was last said to be "
+            "saved, or begins again",
         )
     except Exception as error:
         what = " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from sparse_flax import (
     banner,
+    devices,
     evaluate,
     optim,
     processes,
@@ -131,10 +132,14 @@ class Trainer:
             )
             opened.callback(self.metrics.close)
             self.opened = opened.pop_all()
-        for notice in [*notices, *filter(None, [self.splits.notice])]:
+        kind = jax.devices()[0].device_kind
+        notices.append(devices.dtype_notice(kind, self.config.model.dtype))
+        for notice in filter(None, [*notices, self.splits.notice]):
             say(f"NOTE: {notice}")
         for change in changed:
             say(f"changed since the last run: {change}")
+            if change.startswith("train.steps:"):
+                say("NOTE: its cosine now ends there, so the learning rate jumps here")
         self.floor = bigram.floor(
             self.splits, self.model_config.context, self.config.eval.max_windows
         )

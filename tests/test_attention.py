@@ -405,7 +405,12 @@ def test_parse(text, expected):
         ("Fixed(8, 2, offset=1, rotate=True)", "use offset=0"),
         ("Local()", "does not fit Local(window)"),
         ("Local(1, 2, 3)", "does not fit Local(window)"),
-        ("Dense", "lacks its arguments"),
+        ("Dense", "lacks its arguments: Dense()"),
+        ("Fixed", "lacks its arguments: Fixed(block, summary, offset, rotate)"),
+        ("Strided(-4)", "stride=-4 must be a whole number of at least 1; try 1"),
+        ("Fixed(8, 2, offset=-1)", "offset=-1 must be a whole number from 0 to 3"),
+        ("Fixed(8, 2, offset=True)", "offset=True must be a whole number"),
+        ("Fixed(8, 2, rotate='no')", "rotate='no' must be True or False"),
         ("4", "no pattern"),
         ("", "not readable"),
         ("()", "is empty"),
@@ -417,6 +422,11 @@ def test_parse_errors_are_sentences(text, says):
     with pytest.raises(ValueError) as error:
         parse(text)
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_numpy_numbers_are_numbers():
+    made = Fixed(np.int32(8), np.int64(2), np.int8(1), np.bool_(False))
+    assert repr(made) == repr(Fixed(8, 2, 1, False))
 
 
 def test_call_errors_are_sentences():

@@ -396,16 +396,29 @@ def test_a_dry_run_tells_what_was_changed():
     assert lines[0].startswith("NOTE: optim.warmup_steps=5,000")
 
 
+def test_a_pattern_that_is_dense_is_told():
+    patterns = "Dense(), Local(100), PerHead((Local(99), Dense())), Strided(400)"
+    config = changed(model__patterns=patterns, model__context=100, model__layers=4)
+    _, notices = finalize(config)
+    said = [notice for notice in notices if "sees all of" in notice]
+    assert said == [
+        f"{pattern} sees all of model.context=100, as Dense() does"
+        for pattern in ("Local(window=100)", "Strided(stride=400)")
+    ]
+
+
 # ---- The command line --------------------------------------------------------------
 
 COMMANDS = {
     "--config=configs/quickstart.py --mode=dry_run --config.model.layers=1": "276,480",
     "--config=configs/quickstart.py --config.model.widht=1": 'did you mean "width"',
-    "--config=configs/quickstart.py --config.train.steps=1e3": "train.steps=1e3",
+    "--config=configs/enwik8.py --config.train.steps=1e3": "whole number; try 1000",
+    "--config=configs/enwik8.py --config.model.dropout=no": "dropout=no must be a",
     "--config=configs/quickstart.py --nope=1": "'nope'",
     "--config=configs/nope.py --mode=dry_run": "configs/nope.py",
     "--config=configs/enwik8.py:nope": "this config has: 'shared'",
     "--config=configs/quickstart.py stray": "'stray' is not a flag",
+    "--config=configs/quickstart.py --config.seed=x": "seed=x must be a whole number",
     "--mode=dry_run": "--config is missing",
 }
 

@@ -3,7 +3,15 @@
 import jax
 import pytest
 
-from sparse_flax.devices import DEVICES, GIB, Budget, here, named, peak
+from sparse_flax.devices import (
+    DEVICES,
+    GIB,
+    Budget,
+    dtype_notice,
+    here,
+    named,
+    peak,
+)
 from sparse_flax.errors import UserError
 
 
@@ -93,3 +101,10 @@ def test_jax_takes_the_share_of_a_gpu_that_the_environment_says(monkeypatch):
 
 def test_a_cpu_is_no_accelerator():
     assert jax.devices()[0].platform == "cpu" and here() is None
+
+
+def test_says_where_a_gpu_has_no_bfloat16():
+    assert "float16" in dtype_notice("Tesla T4", "bfloat16")
+    assert dtype_notice("Tesla T4", "float16") is None
+    assert dtype_notice("NVIDIA H100 80GB HBM3", "bfloat16") is None
+    assert dtype_notice("cpu", "bfloat16") is None

@@ -115,6 +115,18 @@ def test_an_exported_model_is_sampled_from_the_command_line(copied, tmp_path):  
         export_run.run(tiny("x"), str(copied), str(tmp_path / "else"))
 
 
+def test_an_export_replaces_its_own_run_s_and_no_other_s(copied, tmp_path, text):  # noqa: F811
+    model = tmp_path / "small"
+    for steps in (12, 15):
+        config = tiny(text, train__steps=steps, eval__max_windows=1)
+        export_run.run(config, str(copied), str(model), say=str)
+    before = (model / "config.json").read_bytes()
+    another = tiny(text, optim__learning_rate=0.5)
+    with pytest.raises(UserError, match="of another run, at its step 12; name a new"):
+        export_run.run(another, str(copied), str(model), say=str)
+    assert (model / "config.json").read_bytes() == before
+
+
 def test_from_the_command_line_without_a_config(copied):  # noqa: F811
     changes = ["--config.sample.prompt=to be", "--config.sample.count=9"]
     result = command("--mode=sample", f"--workdir={copied}", *changes)

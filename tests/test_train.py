@@ -256,7 +256,8 @@ def test_a_finished_run_says_so_and_changes_nothing(copied, text, straight):
 def test_more_steps_go_on(copied, text):
     before = untimed(copied)
     lines = run(copied, tiny(text, train__steps=15))
-    assert "changed since the last run: train.steps: 12 -> 15" in lines
+    place = lines.index("changed since the last run: train.steps: 12 -> 15")
+    assert lines[place + 1].startswith("NOTE: its cosine now ends there")
     assert "resume             from the checkpoint at step 12" in lines
     assert "finished at step 15" in lines
     assert untimed(copied)[: len(before)] == before

@@ -42,6 +42,10 @@ def _build(node: ast.AST, text: str) -> Any:
     """Build constants, tuples and calls of patterns; nothing else exists here."""
     if isinstance(node, ast.Constant):
         return node.value
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        number = _build(node.operand, text)
+        if isinstance(number, int | float):
+            return -number  # whose pattern says what it may be
     if isinstance(node, ast.Tuple | ast.List):
         return tuple(_build(item, text) for item in node.elts)
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
@@ -57,13 +61,19 @@ def _build(node: ast.AST, text: str) -> Any:
         try:
             return PATTERNS[name](*args, **kwargs)
         except TypeError:
-            fields = ", ".join(f.name for f in dataclasses.fields(PATTERNS[name]))
             raise ValueError(
-                f"pattern {ast.unparse(node)} does not fit {name}({fields})"
+                f"pattern {ast.unparse(node)} does not fit {_signature(name)}"
             ) from None
     if isinstance(node, ast.Name) and node.id in PATTERNS:
-        raise ValueError(f"pattern {node.id!r} lacks its arguments: {node.id}(...)")
+        raise ValueError(
+            f"pattern {node.id!r} lacks its arguments: {_signature(node.id)}"
+        )
     raise ValueError(
         f"pattern {text!r} may hold patterns, numbers, True and False only, not "
         f"{ast.unparse(node)!r}"
     )
+
+
+def _signature(name: str) -> str:
+    """Write how a pattern is called, as 'Strided(stride)'."""
+    return f"{name}({', '.join(f.name for f in dataclasses.fields(PATTERNS[name]))})"

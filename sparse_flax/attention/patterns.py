@@ -4,8 +4,9 @@ A pattern is a frozen dataclass of integers. Its `mask` is the truth, written fr
 formula alone; its `parts` say how the same is computed without ever building a T x T
 array. Every pattern is causal and lets every query see at least itself.
 
-To add a pattern: write its class here with `_sees` and `parts`, add it to `PATTERNS`,
-and `tests/test_attention.py` checks it against its mask in every implementation.
+To add a pattern: write its class here with `_sees` and `parts`, and add it to
+`PATTERNS`, and some of it to those of `tests/test_attention.py`, which checks them
+against their masks in every implementation and misses none.
 """
 
 from __future__ import annotations
@@ -194,6 +195,11 @@ class Fixed(Pattern):
 
     def __post_init__(self):
         _check_summary(self)
+        if not isinstance(self.rotate, bool | np.bool_):
+            raise ValueError(
+                f"Fixed: rotate={self.rotate!r} must be True or False; try True"
+            )
+        object.__setattr__(self, "rotate", bool(self.rotate))
         if self.rotate and self.offset:
             raise ValueError(
                 f"Fixed: offset={self.offset} cannot be combined with rotate=True, "
@@ -264,14 +270,21 @@ PATTERNS = {
 }
 
 
+def _whole(pattern: Pattern, name: str) -> int | None:
+    """Return a field as an int, which NumPy's integers become; None if it is none."""
+    value = getattr(pattern, name)
+    if isinstance(value, np.integer):
+        value = int(value)
+        object.__setattr__(pattern, name, value)
+    # In Python True is an int, and no width.
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
 def _positive(pattern: Pattern, *names: str) -> None:
     for name in names:
-        value = getattr(pattern, name)
-        # bool is an int in Python, and True is no width; NumPy's integers are none.
-        if isinstance(value, np.integer):
-            value = int(value)
-            object.__setattr__(pattern, name, value)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        value = _whole(pattern, name)
+        if value is None or value < 1:
+            value = getattr(pattern, name)
             raise ValueError(
                 f"{type(pattern).__name__}: {name}={value!r} must be a whole number of "
                 "at least 1; try 1"
@@ -286,11 +299,12 @@ def _check_summary(pattern: Any) -> None:
             f"{name}: summary={summary} is wider than block={block}; try {block}"
         )
     most = block // summary - 1
-    if not isinstance(pattern.offset, int) or not 0 <= pattern.offset <= most:
+    offset = _whole(pattern, "offset")
+    if offset is None or not 0 <= offset <= most:
         raise ValueError(
             f"{name}: offset={pattern.offset!r} must be a whole number from 0 to {most}"
             f", so that the slice lies inside the block; try "
-            f"{most if pattern.offset else 0}"
+            f"{most if offset and offset > most else 0}"
         )
 
 

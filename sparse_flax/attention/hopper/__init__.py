@@ -19,7 +19,7 @@ first call.
     fixed_forward.py     their kernel
     fixed_backward.py    its gradient: of the summaries, then of the blocks
     fixed_walk.py        the walk over the summaries
-    ring.py              the ring of buffers that all walks go through
+    ring.py              the ring of buffers that those of fixed and spans go through
     steps.py             what one tile adds on a walk
     tiles.py             what all kernels share
 """

@@ -121,7 +121,8 @@ def backward(
             return each[a][0], sums[0].astype(dtype), (sums[1] * scale).astype(dtype)
 
         done = [keys_of(a) for a in range(len(each))]
-        # Nothing reads v and q any more: they carry dv and dk out.
+        # Nothing reads v and q any more: they carry dv and dk out. The last tile first:
+        # of rows that it shares with its neighbour, that one has the whole sums.
         for key, x, y in reversed(done):
             vs[pl.ds(key, M)] = x
             qs[pl.ds(key, M)] = y

@@ -110,8 +110,9 @@ class FixedPlan:
     ) -> FixedPlan:
         """Read the walk off a pattern, and choose the cuts.
 
-        Those of width 64 are the fastest seen on an H100 at 12,288 tokens, block 128
-        and summary 32; those of width 128 are what fits.
+        Those of width 64 are the fastest seen at 12,288 tokens, block 128 and summary
+        32, on an H100 and, of the gradients, on an H200; those of width 128 are what
+        fits.
         """
         walk = Walk(
             pattern.block,

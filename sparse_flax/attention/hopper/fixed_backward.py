@@ -61,8 +61,8 @@ def summary_gradients(
         slot0 = lax.axis_index("tile") * (W * M)  # the longest walks go first
         mine = slot0 + w * M
 
-        def later(slot):  # the first query tile that sees this many slots
-            return jnp.minimum(slot * per_block, end)
+        def later(blocks):  # the first query tile behind so many blocks
+            return jnp.minimum(blocks * per_block, end)
 
         begin = later(lax.div(slot0, C) + 1)
         since, whole = later(lax.div(mine, C) + 1), later(pl.cdiv(mine + M, C))

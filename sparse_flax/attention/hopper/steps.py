@@ -1,5 +1,8 @@
 """What one tile of keys, or of queries, adds on a walk: the inner loops.
 
+For loops that are loops in the kernel, too, whose state is a carry; `tiles` has the
+like for loops that Python unrolls.
+
 The masks come before the scale, which must be above 0: then the scale and the
 subtraction after it are one instruction.
 """

@@ -110,10 +110,9 @@ def accumulate(
 
 
 def weigh(pairs, weights: Callable, interpret: bool) -> list[jax.Array]:
-    """Return [weights(*first), *others] of the products a @ b.T of `pairs`.
+    """Return [weights(*first), *second]: the halves of the products a @ b.T of `pairs`.
 
-    first and others are half of them each: these are computed while the weights are
-    made of those.
+    The second half is computed while `weights` works on the first.
     """
     n = len(pairs) // 2
     pairs = [(a, b.transpose((1, 0))) for a, b in pairs]
