@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from sparse_flax import __version__, devices
 from sparse_flax.config import explain_attention
-from sparse_flax.data.bigram import Floor
+from sparse_flax.data.bigram import Baseline
 from sparse_flax.data.bytes import Splits
 from sparse_flax.model import ModelConfig, SparseTransformer, parameter_count
 from sparse_flax.workdir import WorkDir
@@ -83,8 +83,10 @@ def show(
     )
 
 
-def show_result(say: Say, rows: list[dict[str, Any]], floor: Floor, unit: str) -> None:
-    """Print the scores of a finished run, in bits by the unit, beside the floor."""
+def show_result(
+    say: Say, rows: list[dict[str, Any]], baseline: Baseline, unit: str
+) -> None:
+    """Print the scores of a finished run, in bits by the unit, beside the baseline."""
     scores = [row for row in rows if row["split"] == "validation"]
     test = [row for row in rows if row["split"] == "test"][-1]
     first, last = (f"{scores[i]['bits_per_byte']:.3f}" for i in (0, -1))
@@ -92,7 +94,7 @@ def show_result(say: Say, rows: list[dict[str, Any]], floor: Floor, unit: str) -
         f"validation         {first} bits/{unit} at step {scores[0]['step']:,}, {last} "
         f"at step {scores[-1]['step']:,} ({scores[-1]['weights']} weights)"
     )
-    say(f"{floor.what:<18} {floor.bits:.3f} bits/{unit} on the same windows")
+    say(f"{baseline.what:<18} {baseline.bits:.3f} bits/{unit} on the same windows")
     say(f"test               {test['bits_per_byte']:.3f} bits/{unit}")
 
 

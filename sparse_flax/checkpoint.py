@@ -10,6 +10,7 @@ import gc
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ class DamagedError(Exception):
 def _short(error: Exception) -> str:
     if isinstance(error, DamagedError):
         return str(error)
-    return " ".join(f"{type(error).__name__}: {error}".split())[:120]
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 120, placeholder=" ...")
 
 
 class Checkpointer:

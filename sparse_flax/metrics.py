@@ -20,7 +20,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from sparse_flax import devices, flops, processes
-from sparse_flax.data.bigram import Floor
+from sparse_flax.data.bigram import Baseline
 from sparse_flax.model import ModelConfig
 from sparse_flax.workdir import WorkDir, write_atomically, writing
 
@@ -71,10 +71,12 @@ class MetricsLog:
         same = (values.items() <= row.items() for row in self.rows)
         return next(itertools.compress(self.rows, same), None)
 
-    def plot(self, path: Path, floor: Floor | None = None, unit: str = "byte") -> None:
-        """Draw the loss curve, in bits by the unit; `floor` is a line to be below."""
+    def plot(
+        self, path: Path, baseline: Baseline | None = None, unit: str = "byte"
+    ) -> None:
+        """Draw the loss curve, in bits by the unit, and a baseline to be below."""
         if processes.is_first():
-            plot_curve(self.rows, path, floor, unit)
+            plot_curve(self.rows, path, baseline, unit)
 
     def close(self) -> None:
         """Close what is open."""
@@ -189,18 +191,18 @@ def draw_rows(
 
 
 def plot_curve(
-    rows: list[dict[str, Any]], path: Path, floor: Floor | None, unit: str
+    rows: list[dict[str, Any]], path: Path, baseline: Baseline | None, unit: str
 ) -> None:
     """Draw bits against steps, training and validation, into a PNG."""
     # Not by pyplot, which needs a screen or takes a notebook's own away.
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     draw_rows(axes, rows)
-    if floor:
-        axes.axhline(floor.bits, color="#7f8c8d", linestyle="--", linewidth=1)
+    if baseline:
+        axes.axhline(baseline.bits, color="#7f8c8d", linestyle="--", linewidth=1)
         axes.annotate(
-            f"{floor.what} {floor.bits:.3f}",
-            (0.995, floor.bits),
+            f"{baseline.what} {baseline.bits:.3f}",
+            (0.995, baseline.bits),
             xycoords=("axes fraction", "data"),
             ha="right",
             va="bottom",

@@ -114,7 +114,7 @@ class Trainer:
                 rows, self.eval_rows = map(
                     own_rows, (batch_size, self.config.eval.batch_size)
                 )
-            self.first, self.batch = self.step, None
+            self.first, self.batch = self.step, None  # where this process began
             self.stream = batches.train_batches(
                 self.splits.train,
                 batch_size=batch_size,
@@ -140,7 +140,7 @@ class Trainer:
             say(f"changed since the last run: {change}")
             if change.startswith("train.steps:"):
                 say("NOTE: its cosine now ends there, so the learning rate jumps here")
-        self.floor = bigram.floor(
+        self.baseline = bigram.baseline(
             self.splits, self.model_config.context, self.config.eval.max_windows
         )
 
@@ -278,7 +278,9 @@ class Trainer:
         return getattr(self.state, state.WEIGHTS[self.config.eval.weights])
 
     def evaluate(self, split: str) -> None:
-        """Write a row for the present step, if there is none; not if told to stop."""
+        """Score a split and write a row, if the present step has none; not if told to
+        stop.
+        """
         config, context = self.config.eval, self.model_config.context
         data = getattr(self.splits, split)
         windows = batches.evaluation_window_count(
@@ -311,7 +313,7 @@ class Trainer:
                 first_not_finite(model, []),
             )
         self.metrics.write(step=self.step, bits_per_byte=score, **row)
-        self.metrics.plot(self.workdir.curve, self.floor, self.unit)
+        self.metrics.plot(self.workdir.curve, self.baseline, self.unit)
         self.say(
             f"step {self.step:,}: {split} {score:.3f} bits/{self.unit} "
             f"({config.weights} weights, {self._scored(split, windows)})"
@@ -333,11 +335,11 @@ class Trainer:
         digest = fingerprint(self.state.model)
         if not processes.is_first():
             return True
-        self.metrics.plot(self.workdir.curve, self.floor, self.unit)
+        self.metrics.plot(self.workdir.curve, self.baseline, self.unit)
         steps = self.config.train.steps
         past = f", past train.steps={steps:,}" if self.step > steps else ""
         self.say(f"finished at step {self.step:,}{past}")
-        banner.show_result(self.say, self.metrics.rows, self.floor, self.unit)
+        banner.show_result(self.say, self.metrics.rows, self.baseline, self.unit)
         banner.show_files(self.say, self.workdir, self.step, text)
         self.say(f"parameters fingerprint: {digest}")
         return True

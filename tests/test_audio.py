@@ -263,7 +263,7 @@ def test_the_laptop_preset_learns_music(tmp_path):
     (row,) = map(json.loads, (tmp_path / "run" / "eval.jsonl").open())
     assert row["unit"] == "bits per byte" and row["whole"]
     assert row["bytes_scored"] == len(trainer.splits.test)
-    assert row["bits_per_byte"] < 8 and trainer.floor.bits < 8
+    assert row["bits_per_byte"] < 8 and trainer.baseline.bits < 8
     metrics = map(json.loads, (tmp_path / "run" / "metrics.jsonl").open())
     scores = [r["bits_per_byte"] for r in metrics if r["split"] == "validation"]
     assert scores[0] == pytest.approx(8, abs=1e-4) and scores[-1] < scores[0] - 2

@@ -226,7 +226,7 @@ def test_a_part_gives_every_window_the_same_weight():
     np.testing.assert_array_equal(batch["targets_BT"], expected)
 
 
-# --- the bigram floor
+# --- the bigram baseline
 
 
 def test_bigram_equals_a_slow_count(monkeypatch):

@@ -487,7 +487,7 @@ def test_evaluation_scores_every_image_once():
     assert (weights[:5] == 1).all() and (weights[5:] == 0).all() and len(rows) == 6
 
 
-def test_the_floor_of_images_pairs_neighbouring_pixels():
+def test_the_baseline_of_images_pairs_neighbouring_pixels():
     data_NT = np.tile(np.array([1, 2, 3], np.uint8), (50, 8))
     data_NT[25:] += 100
     other = np.roll(data_NT, 25, 0)

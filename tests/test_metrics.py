@@ -13,7 +13,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 
 from sparse_flax import progress
-from sparse_flax.data.bigram import Floor
+from sparse_flax.data.bigram import Baseline
 from sparse_flax.metrics import COLUMNS, MetricsLog, first_not_finite, read_rows
 from sparse_flax.workdir import WorkDir
 
@@ -106,7 +106,7 @@ def test_the_curve_is_a_picture(tmp_path, workdir):
         metrics.write(step=step, split="train", **ROW)
     metrics.write(step=4, split="validation", **ROW)
     metrics.plot(tmp_path / "without.png")
-    metrics.plot(tmp_path / "with.png", floor=Floor(3.7, "bigram table"))
+    metrics.plot(tmp_path / "with.png", baseline=Baseline(3.7, "bigram table"))
     images = []
     for name in ("without.png", "with.png"):
         with Image.open(tmp_path / name) as image:

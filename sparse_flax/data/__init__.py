@@ -12,7 +12,7 @@
 - `builders.py`: what tensorflow-datasets (TFDS) is told about such sets.
 - `prepared.py`: reads sets that TFDS has prepared, these or any others.
 - `batches.py`: makes batches that depend on (seed, step) alone.
-- `bigram.py`: the score of a bigram table, a floor that any model should beat.
+- `bigram.py`: the score of a bigram table, a baseline that any model should beat.
 
 A new stream of bytes goes into `bytes.load`, as one more name; if it is a single file
 in a zip on the web, one more row of `archives.ARCHIVES` is enough. Other data get a

@@ -9,19 +9,17 @@ from sparse_flax.data.bytes import Splits
 
 _CHUNK = 1 << 20
 _PRIOR = 16.0
-
-
 _ENOUGH = 200_000_000  # bytes of images to fit a table on
 
 
-class Floor(NamedTuple):
-    """A score that any model should beat, in bits, and what made it."""
+class Baseline(NamedTuple):
+    """A score that a model must be below, in bits, and what made it."""
 
     bits: float
     what: str
 
 
-def floor(splits: Splits, context: int, max_windows: int) -> Floor:
+def baseline(splits: Splits, context: int, max_windows: int) -> Baseline:
     """Score the windows of validation that `evaluation_batches` gives by a table.
 
     Of a stream it is of each byte and the next; of images, of each colour of a pixel
@@ -31,9 +29,9 @@ def floor(splits: Splits, context: int, max_windows: int) -> Floor:
     train, is_image = splits.train, splits.train.ndim == 2
     if not is_image:
         bits = bigram_bits_per_byte(train, np.concatenate(scored))
-        return Floor(bits, "bigram table")
+        return Baseline(bits, "bigram table")
     some = train[:: -(-train.size // _ENOUGH)]
-    return Floor(bigram_bits_per_byte(some, np.stack(scored), 3), "next-pixel table")
+    return Baseline(bigram_bits_per_byte(some, np.stack(scored), 3), "next-pixel table")
 
 
 def bigram_bits_per_byte(
