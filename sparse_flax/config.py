@@ -209,6 +209,16 @@ def explain_attention(
         raise UserError(f"model.attention: {error}") from None
 
 
+def differences(old: dict[str, Any], new: ConfigDict) -> dict[str, tuple[Any, Any]]:
+    """Return both values of each option that differs, those of `FIXED` first."""
+    before, after = flatten(old), flatten(new.to_dict())
+    names = [*FIXED, *sorted((before.keys() | after.keys()) - set(FIXED))]
+    pairs = {
+        name: (before.get(name, "unset"), after.get(name, "unset")) for name in names
+    }
+    return {name: (a, b) for name, (a, b) in pairs.items() if a != b}
+
+
 def changes(
     old: dict[str, Any],
     new: ConfigDict,
@@ -226,12 +236,7 @@ def changes(
     Raises:
       UserError: an option in `FIXED` differs; names it and both values.
     """
-    before, after = flatten(old), flatten(new.to_dict())
-    names = [*FIXED, *sorted((before.keys() | after.keys()) - set(FIXED))]
-    pairs = {
-        name: (before.get(name, "unset"), after.get(name, "unset")) for name in names
-    }
-    changed = {name: (a, b) for name, (a, b) in pairs.items() if a != b}
+    changed = differences(old, new)
     for name, (a, b) in changed.items():
         if name in FIXED:  # which come first, and the causes before what they derive
             raise UserError(

@@ -99,9 +99,10 @@ def bandwidth(device_kind: str) -> float | None:
 
 def dtype_notice(device_kind: str, dtype: str) -> str | None:
     """Return a sentence where a device lacks the type of the activations."""
-    if _find(device_kind) not in NO_BFLOAT16 or dtype != "bfloat16":
+    name = _find(device_kind)
+    if name not in NO_BFLOAT16 or dtype != "bfloat16":
         return None
-    return f"a {_find(device_kind)} has no bfloat16: --config.model.dtype=float16"
+    return f"a {name} has no bfloat16: --config.model.dtype=float16"
 
 
 def named(name: str) -> Budget:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -16,6 +15,9 @@ from sparse_flax.config_checks import finalize
 from sparse_flax.errors import UserError
 from sparse_flax.sharding import make_mesh
 from sparse_flax.workdir import RunFolder
+
+# What may differ between two exports of one run.
+FREE = (*exported.ELSEWHERE, "train.steps", "eval", "sample", "checkpoint", "log")
 
 
 def run(
@@ -45,7 +47,17 @@ def run(
         raise UserError(
             f"--model={folder} holds files of something else; name a new folder"
         )
-    old = exported.record(target) if there else None  # or refuse
+    # Of the data what tells them apart, and not where somebody had them.
+    data = {k: v for k, v in found.saved()["data"].items() if k != "source"}
+    data = {"name": config.data.name, **data}
+    if there:
+        old = exported.record(target)  # or refuse
+        differ = config_lib.differences(old["config"], config)
+        if old.get("data") != data or not all(x.startswith(FREE) for x in differ):
+            raise UserError(
+                f"--model={folder} holds a model of another run, at its step "
+                f"{old['step']}; name a new folder, or remove that one first"
+            )
     weights = config.eval.weights
     checkpoints = Checkpointer(found.checkpoints, say=say)
     # One device does, but several processes have to read together.
@@ -54,29 +66,7 @@ def run(
         abstract = state.abstract_model(config_lib.model_config(config))
         field = state.WEIGHTS[weights]
         step, model = checkpoints.newest_whole(field, abstract, step)
-        # Of the data what tells them apart, and not where somebody had them.
-        data = {k: v for k, v in found.saved()["data"].items() if k != "source"}
-        data = {"name": config.data.name, **data}
         about = {"step": step, "weights": weights, "data": data}
-        if old and not _of_one_run(old, {"data": data, "config": config.to_dict()}):
-            raise UserError(
-                f"--model={folder} holds a model of another run, at its step "
-                f"{old['step']}; name a new folder, or remove that one first"
-            )
         size = exported.save(target, model, config, about)
     say(f"checkpoint         {step} ({weights} weights)")
     say(f"model              {target} ({size / 1e6:.1f} MB)")
-
-
-def _of_one_run(old: dict[str, Any], new: dict[str, Any]) -> bool:
-    """Whether two records agree in the data, and in what a run does not change."""
-    free = (*exported.ELSEWHERE, "train.steps", "eval", "sample", "checkpoint", "log")
-    before, after = (
-        {
-            name: value
-            for name, value in config_lib.flatten(record["config"]).items()
-            if not name.startswith(free)
-        }
-        for record in (old, new)
-    )
-    return before == after and old.get("data") == new["data"]

@@ -23,6 +23,7 @@ from sparse_flax.attention import (
     gathered,
     merge,
     parse,
+    patterns,
     sparse_attention,
 )
 
@@ -128,6 +129,10 @@ def test_equals_the_mask(pattern, implementation, shapes):
     for seed, shape in enumerate(shapes):
         args = inputs(shape, seed)
         assert_close(run(*args), by_hand(*args[:3], pattern, args[3]), 2e-5)
+
+
+def test_every_pattern_is_among_these():
+    assert {type(pattern).__name__ for pattern in PATTERNS} == set(patterns.PATTERNS)
 
 
 @pytest.mark.usefixtures("optimised")

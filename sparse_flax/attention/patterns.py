@@ -6,7 +6,7 @@ array. Every pattern is causal and lets every query see at least itself.
 
 To add a pattern: write its class here with `_sees` and `parts`, and add it to
 `PATTERNS`, and some of it to those of `tests/test_attention.py`, which checks them
-against their masks in every implementation and misses none.
+against their masks in every implementation and fails until there are some.
 """
 
 from __future__ import annotations
@@ -284,10 +284,9 @@ def _positive(pattern: Pattern, *names: str) -> None:
     for name in names:
         value = _whole(pattern, name)
         if value is None or value < 1:
-            value = getattr(pattern, name)
             raise ValueError(
-                f"{type(pattern).__name__}: {name}={value!r} must be a whole number of "
-                "at least 1; try 1"
+                f"{type(pattern).__name__}: {name}={getattr(pattern, name)!r} must be "
+                "a whole number of at least 1; try 1"
             )
 
 

@@ -118,8 +118,7 @@ def forward(
         if init:
             rows = pl.ds(mine, M)
             plgpu.copy_gmem_to_smem(out1.at[b, rows, h], os, q_bar.at[w])
-            by_row = LAYOUT.reduce(1)
-            l = plgpu.load(lse1.at[b, h, rows], layout=by_row, optimized=False)
+            l = tiles.load_rows(lse1.at[b, h, rows])
             plgpu.barrier_wait(q_bar.at[w])
             x = plgpu.load(os, layout=LAYOUT).astype(jnp.float32)
             softmax = tiles.Softmax(V, scale, x, l)
@@ -245,12 +244,7 @@ def backward(
             if i:
                 plgpu.copy_gmem_to_smem(at(q, j), qs.at[i], query_bar)
                 plgpu.copy_gmem_to_smem(at(d_out, j), dos.at[i], query_bar)
-        l, e = (
-            plgpu.load(
-                ref.at[b, h, pl.ds(t0, M)], layout=LAYOUT.reduce(1), optimized=False
-            )
-            for ref in (lse, delta)
-        )
+        l, e = (tiles.load_rows(ref.at[b, h, pl.ds(t0, M)]) for ref in (lse, delta))
         l = l * LOG2E
         plgpu.barrier_wait(key_bar)
 

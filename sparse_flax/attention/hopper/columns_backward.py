@@ -8,7 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from sparse_flax.attention.hopper import tiles
+from sparse_flax.attention.hopper import steps, tiles
 from sparse_flax.attention.hopper.columns import Packing
 from sparse_flax.attention.hopper.tiles import LAYOUT, LOG2E, M
 
@@ -24,12 +24,13 @@ def backward(
     *,
     heads: int,
     strict: bool,
+    union: bool,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Return (dq, dk, dv, delta_BHT of T = R*S); dk and dv are one a query head.
+) -> tuple[jax.Array, ...]:
+    """Return (dq, dk, dv); dk and dv are one a query head.
 
-    out and lse may be those of a union that the columns are a part of. delta is
-    rowsum(out * d_out), which the other part needs too. Scores are transposed, keys by
+    Of a `union`, which out and lse belong to, return delta_BHT of T = R*S too, since
+    the other part needs it: rowsum(out * d_out). Scores are transposed, keys by
     queries, so that P and dS are register operands for dv and dk; dS goes to shared
     memory for dq, at the end.
     """
@@ -42,7 +43,9 @@ def backward(
     shared = _shares_memory(rows, K, V)
 
     def body(*refs):
-        q, k, v, out, lse, d_out, dq, dk, dv, delta, qs, ks, vs, dos, dss, *rest = refs
+        q, k, v, out, lse, d_out, dq, dk, dv, *rest = refs
+        delta, *rest = rest if union else (None, *rest)
+        qs, ks, vs, dos, dss, *rest = rest
         os = dss if shared else rest.pop(0)
         ls, es, out_bar, q_bar = rest
         b, block = lax.axis_index("b"), lax.axis_index("block")
@@ -62,19 +65,17 @@ def backward(
             for p in range(pack):
                 column = ref.at[b, :, lax.div(first + p, share)]
                 plgpu.copy_gmem_to_smem(column, buffer.at[pl.ds(p * R, R)], bar)
-        lse_rows, delta_rows = (packing.of_rows(x, b, block) for x in (lse, delta))
-        by_row = LAYOUT.reduce(1)
+        lse_rows = packing.of_rows(lse, b, block)
         for row, _ in each:
-            ls[pl.ds(row, M)] = plgpu.load(
-                lse_rows(row), layout=by_row, optimized=False
-            )
+            ls[pl.ds(row, M)] = tiles.load_rows(lse_rows(row))
         plgpu.barrier_wait(out_bar)
         for row, _ in each:
             x = plgpu.load(os.at[pl.ds(row, M)], layout=LAYOUT).astype(jnp.float32)
             y = plgpu.load(dos.at[pl.ds(row, M)], layout=LAYOUT).astype(jnp.float32)
             d = (x * y).sum(axis=1)
             es[pl.ds(row, M)] = d
-            delta_rows(row)[...] = d
+            if union:
+                packing.of_rows(delta, b, block)(row)[...] = d
         plgpu.barrier_wait(q_bar)
 
         def slot(a, t):
@@ -86,10 +87,9 @@ def backward(
             i_new = query_new if query_new > query else 0
             j_new = key_new if key_new > key else 0
             keys, queries = pl.ds(key, M), pl.ds(query, M)
-            by_query = LAYOUT.reduce(0)
 
             def weights(s):
-                l = plgpu.load(ls.at[queries], layout=by_query) * LOG2E
+                l = plgpu.load(ls.at[queries], layout=LAYOUT.reduce(0)) * LOG2E
                 s = s * (scale * LOG2E) - tiles.per_column(l, s)
                 if a == t or i_new or j_new:
                     i = tiles.positions(s, 1) + query
@@ -99,8 +99,7 @@ def backward(
                 return jnp.exp2(s)
 
             def slopes(p, dp):
-                e = plgpu.load(es.at[queries], layout=by_query)
-                ds = (p * (dp - tiles.per_column(e, dp))).astype(dtype)
+                ds = steps.column_slopes(p, dp, es.at[queries]).astype(dtype)
                 slot(a, t)[...] = ds
                 return ds
 
@@ -150,14 +149,14 @@ def backward(
     wide, value = tiles.swizzled((rows, K), dtype), tiles.swizzled((rows, V), dtype)
     row_values = plgpu.SMEM((rows,), jnp.float32)
     like_k = jax.ShapeDtypeStruct((B, R, C, K), dtype)
-    dq, dk, dv, delta = tiles.launch(
+    dq, dk, dv, *delta = tiles.launch(
         body,
         name="columns_backward",
         out=(
             like_k,
             like_k,
             jax.ShapeDtypeStruct((B, R, C, V), dtype),
-            packing.row_values(B),
+            *((packing.row_values(B),) if union else ()),
         ),
         scratch=[
             *(wide, wide, value, value),
@@ -171,7 +170,7 @@ def backward(
         threads=1,
         interpret=interpret,
     )(q_BRCK, k_BRCK, v_BRCV, out_BRCV, packing.fold_rows(lse_BHT), d_out_BRCV)
-    return dq, dk, dv, packing.unfold_rows(delta)
+    return dq, dk, dv, *(packing.unfold_rows(x) for x in delta)
 
 
 def _shares_memory(rows: int, K: int, V: int) -> bool:

@@ -30,8 +30,9 @@ def backward(
     *,
     heads: int,
     strict: bool,
+    union: bool,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     """Do what `columns_backward` does, for R = 128, 192 or 256 and K = V = 64."""
     (B, R, C, K), dtype = q_BRCK.shape, q_BRCK.dtype
     group = C // k_BRCK.shape[2]
@@ -40,8 +41,9 @@ def backward(
     # Tiles {0, 3} and {1, 2}: the same work for scores and for dq.
     mine = [[a for a in range(n) if w in (a % 4, 3 - a % 4)] for w in range(2)]
 
-    def body(q, k, v, out, lse, d_out, dq, dk, dv, delta, *scratch):
-        qs, ks, vs, dos, dss, ls, es, out_bar, q_bar, both = scratch
+    def body(q, k, v, out, lse, d_out, dq, dk, dv, *rest):
+        delta, *rest = rest if union else (None, *rest)
+        qs, ks, vs, dos, dss, ls, es, out_bar, q_bar, both = rest
         b, c = lax.axis_index("b"), lax.axis_index("column")
         w = lax.axis_index("warpgroup")
 
@@ -101,18 +103,17 @@ def backward(
             return sums
 
         def work(my_tiles):
-            lse_rows, delta_rows = (packing.of_rows(x, b, c) for x in (lse, delta))
+            lse_rows = packing.of_rows(lse, b, c)
             for t in my_tiles:
-                ls[rows(t)] = plgpu.load(
-                    lse_rows(t * M), layout=LAYOUT.reduce(1), optimized=False
-                )
+                ls[rows(t)] = tiles.load_rows(lse_rows(t * M))
             plgpu.barrier_wait(out_bar)
             for t in my_tiles:
                 x = plgpu.load(dss.at[rows(t)], layout=LAYOUT).astype(jnp.float32)
                 y = plgpu.load(dos.at[rows(t)], layout=LAYOUT).astype(jnp.float32)
                 d = (x * y).sum(axis=1)
                 es[rows(t)] = d
-                delta_rows(t * M)[...] = d
+                if union:
+                    packing.of_rows(delta, b, c)(t * M)[...] = d
             plgpu.commit_smem()
             meet(0)  # lse and delta are whole and out is dead: dS takes its place
             plgpu.barrier_wait(q_bar)
@@ -149,12 +150,12 @@ def backward(
     column = tiles.swizzled((R, K), dtype)
     row_values = plgpu.SMEM((R,), jnp.float32)
     gradient = jax.ShapeDtypeStruct((B, R, C, K), dtype)
-    dq, dk, dv, delta = tiles.launch(
+    dq, dk, dv, *delta = tiles.launch(
         body,
         name="long_columns_backward",
         out=(
             *(gradient, gradient, gradient),
-            packing.row_values(B),
+            *((packing.row_values(B),) if union else ()),
         ),
         scratch=[
             *(column, column, column, column),
@@ -168,4 +169,4 @@ def backward(
         threads=2,
         interpret=interpret,
     )(q_BRCK, k_BRCK, v_BRCK, out_BRCK, packing.fold_rows(lse_BHT), d_out_BRCK)
-    return dq, dk, dv, packing.unfold_rows(delta)
+    return dq, dk, dv, *(packing.unfold_rows(x) for x in delta)

@@ -74,11 +74,7 @@ def _query_gradients(q, k, v, d_out, lse, delta, *, scale, span, into, cut, inte
         plgpu.copy_gmem_to_smem(q.at[b, here, h], qs.at[w], own.at[w])
         plgpu.copy_gmem_to_smem(d_out.at[b, here, h], d_outs.at[w], own.at[w])
         pl.when(w == 0)(walk.start)
-        by_row = LAYOUT.reduce(1)
-        l, e = (
-            plgpu.load(ref.at[b, h, here], layout=by_row, optimized=False)
-            for ref in (lse, delta)
-        )
+        l, e = (tiles.load_rows(ref.at[b, h, here]) for ref in (lse, delta))
         mine = qs.at[w], d_outs.at[w], l * LOG2E, e
         plgpu.barrier_wait(own.at[w])
 

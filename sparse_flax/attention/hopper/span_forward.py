@@ -68,8 +68,7 @@ def forward(
         os = os[0].at[w] if os else queries
         if init:
             plgpu.copy_gmem_to_smem(out1.at[b, here, h], os, q_bar.at[w])
-            by_row = LAYOUT.reduce(1)
-            l = plgpu.load(lse1.at[b, h, here], layout=by_row, optimized=False)
+            l = tiles.load_rows(lse1.at[b, h, here])
         plgpu.barrier_wait(q_bar.at[w])
         carry = steps.nothing_yet(V)
         if init:

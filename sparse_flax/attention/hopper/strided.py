@@ -170,11 +170,14 @@ def _backward(halves: Halves, q, k, v, out, lse, d_out):
         strict = halves.strict
         backward = _columns_backward(*folded[:3])
         if backward:
-            *into, delta = backward(
+            dq, dk, dv, *delta = backward(
                 *(*folded[:4], lse, folded[4], halves.scale),
-                **{"heads": H, "strict": strict, **run},
+                heads=H,
+                strict=strict,
+                union=bool(window),
+                **run,
             )
-            delta = delta[:, :, :T]
+            into, delta = (dq, dk, dv), delta[0][:, :, :T] if delta else None
         else:
             delta = row_products(out, d_out)
             rows = (_by_column(x, stride) for x in (lse, delta))

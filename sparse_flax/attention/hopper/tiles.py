@@ -109,20 +109,29 @@ def accumulate(
     return pl.run_state(body)(tuple(plgpu.ACC.init(x) for x in sums))
 
 
+def load_rows(ref) -> jax.Array:
+    """Load a value a row of a tile from device memory."""
+    return plgpu.load(ref, layout=LAYOUT.reduce(1), optimized=False)
+
+
+def _start(refs, pairs) -> None:
+    """Start a @ b.T for each pair of shared-memory operands."""
+    for ref, (a, b) in zip(refs, pairs, strict=True):
+        plgpu.wgmma(ref, a, b.transpose((1, 0)))
+
+
 def weigh(pairs, weights: Callable, interpret: bool) -> list[jax.Array]:
     """Return [weights(*first), *second]: the halves of the products a @ b.T of `pairs`.
 
     The second half is computed while `weights` works on the first.
     """
     n = len(pairs) // 2
-    pairs = [(a, b.transpose((1, 0))) for a, b in pairs]
     if interpret:
-        products = multiply(*pairs)
+        products = multiply(*((a, b.transpose((1, 0))) for a, b in pairs))
         return [weights(*products[:n]), *products[n:]]
 
     def body(refs):
-        for ref, (a, b) in zip(refs, pairs, strict=True):
-            plgpu.wgmma(ref, a, b)
+        _start(refs, pairs)
         first = [plgpu.wgmma_accumulator_load(ref, wait_n=n) for ref in refs[:n]]
         p = weights(*first)
         return [p, *(ref[...] for ref in refs[n:])]
@@ -156,8 +165,7 @@ def add_key_gradients(
     def body(totals):
         def inner(refs):
             k, v, q, d_out = operands()
-            plgpu.wgmma(refs[0], k, q.transpose((1, 0)))
-            plgpu.wgmma(refs[1], v, d_out.transpose((1, 0)))
+            _start(refs, [(k, q), (v, d_out)])
             p = weights(plgpu.wgmma_accumulator_load(refs[0], wait_n=1))
             plgpu.wgmma(totals[0], p.astype(dtype), d_out)
             dp = plgpu.wgmma_accumulator_load(refs[1], wait_n=1)
@@ -184,36 +192,29 @@ def add_query_gradients(
             (total,) = accumulate((total,), products, interpret)
         return total
 
-    def issue(i, refs):
-        q, d_out, k, v = turns[i][0]()
-        plgpu.wgmma(refs[0], q, k.transpose((1, 0)))
-        plgpu.wgmma(refs[1], d_out, v.transpose((1, 0)))
-
-    def take(i, refs, sums):
-        operands, weights, slopes = turns[i]
-        before = int(i > 0)  # the last turn's product may still be under way
-        p = weights(plgpu.wgmma_accumulator_load(refs[0], wait_n=1 + before))
-        dp = plgpu.wgmma_accumulator_load(refs[1], wait_n=before)
-        ds = slopes(p, dp).astype(dtype)
-
-        def rest(refs):
-            if refs:
-                issue(i + 1, refs)
-            plgpu.wgmma(sums, ds, operands()[2])
-            if refs:
-                take(i + 1, refs, sums)
-
-        if i + 1 < len(turns):
-            pl.run_scoped(rest, [plgpu.ACC((M, M), jnp.float32)] * 2)
-        else:
-            rest(())
-
     def body(sums):
-        def first(refs):
-            issue(0, refs)
-            take(0, refs, sums)
+        def take(i, before):
+            """Take turn i; `before` starts the last one's product, after the scores."""
+            operands, weights, slopes = turns[i]
 
-        pl.run_scoped(first, [plgpu.ACC((M, M), jnp.float32)] * 2)
+            def inner(refs):
+                q, d_out, k, v = operands()
+                _start(refs, [(q, k), (d_out, v)])
+                if before:
+                    before()
+                under_way = int(before is not None)
+                p = weights(plgpu.wgmma_accumulator_load(refs[0], wait_n=1 + under_way))
+                dp = plgpu.wgmma_accumulator_load(refs[1], wait_n=under_way)
+                ds = slopes(p, dp).astype(dtype)
+
+                def add():
+                    plgpu.wgmma(sums, ds, operands()[2])
+
+                take(i + 1, add) if i + 1 < len(turns) else add()
+
+            pl.run_scoped(inner, [plgpu.ACC((M, M), jnp.float32)] * 2)
+
+        take(0, None)
 
     return pl.run_state(body)(plgpu.ACC.init(total))
 
