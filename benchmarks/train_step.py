@@ -112,13 +112,17 @@ def cases_of(args: argparse.Namespace) -> list[tuple[str, int, str, int]]:
 
 
 def add(row: dict, path: Path) -> None:
-    """Write a row beside those measured on the same hardware with the same versions."""
+    """Write a row beside those measured on the same hardware with the same versions.
+
+    It takes the place of one that measured the same.
+    """
     about = {key: row.pop(key) for key in ("hardware", "versions")}
     old = json.loads(path.read_text()) if path.exists() else {}
     same = all(old.get(key) == value for key, value in about.items())
-    rows = [r for r in old["rows"] if any(r[k] != row[k] for k in KEY)] if same else []
+    rows = {tuple(r[k] for k in KEY): r for r in (old["rows"] if same else [])}
+    rows[tuple(row[k] for k in KEY)] = row
     path.parent.mkdir(exist_ok=True, parents=True)
-    path.write_text(json.dumps({**about, "rows": [*rows, row]}, indent=1) + "\n")
+    path.write_text(json.dumps({**about, "rows": [*rows.values()]}, indent=1) + "\n")
 
 
 def parse() -> argparse.Namespace:

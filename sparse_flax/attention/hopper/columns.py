@@ -30,15 +30,22 @@ class Packing:
     packs: int  # H / pack
     warpgroups: int  # packs in one block
     blocks: int
+    by_token: bool  # how a value a row lies in device memory
 
     @classmethod
-    def of(cls, rows: int, columns: int, heads: int, most_warpgroups: int) -> Packing:
-        """Pack short columns; two packs a block where registers are few (measured)."""
+    def of(
+        cls, rows: int, columns: int, heads: int, most_warpgroups: int, by_token: bool
+    ) -> Packing:
+        """Pack short columns; two packs a block where registers are few (measured).
+
+        `by_token`, a value a row is (B, H, T), which a band's kernels take; else it is
+        (B, S*H, R), of which each column reads and writes adjacent values: faster.
+        """
         pack = max(p for p in range(1, max(M // rows, 1) + 1) if heads % p == 0)
         groups = columns // pack
         warpgroups = most_warpgroups if groups % most_warpgroups == 0 else 1
         stride, blocks = columns // heads, groups // warpgroups
-        return cls(rows, stride, pack, heads // pack, warpgroups, blocks)
+        return cls(rows, stride, pack, heads // pack, warpgroups, blocks, by_token)
 
     @property
     def tile_rows(self) -> int:
@@ -63,28 +70,38 @@ class Packing:
 
     def of_rows(self, ref, b, group):
         """Return the function from a row of a pack to the 64 values from there on, in
-        what fold_rows or row_values makes: neighbours are `stride` values apart.
+        what fold_rows or row_values makes.
         """
         first = lax.rem(group, self.packs) * self.tile_rows
         s = lax.div(group, self.packs)
-        return lambda row: ref.at[b, pl.ds(first + row, M), s]
+        if self.by_token:
+            return lambda row: ref.at[b, pl.ds(first + row, M), s]
+        return lambda row: ref.at[b, s, pl.ds(first + row, M)]
 
     def row_values(self, B: int) -> jax.ShapeDtypeStruct:
-        """What a kernel returns of a value a row; unfold_rows gives (B, H, T)."""
-        shape = B, self.packs * self.tile_rows, self.stride
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
+        """What a kernel returns of a value a row, for unfold_rows."""
+        rows = self.packs * self.tile_rows
+        shape = (rows, self.stride) if self.by_token else (self.stride, rows)
+        return jax.ShapeDtypeStruct((B, *shape), jnp.float32)
 
-    def fold_rows(self, x_BHT: jax.Array) -> jax.Array:
-        """(B, H, T) to `tile_rows` rows a pack of heads, S wide: mostly a free view."""
-        x = fit(x_BHT, self.rows * self.stride, 2)
-        x = x.reshape(x.shape[0], self.packs, self.filled, self.stride)
-        return fit(x, self.tile_rows, 2).reshape(x.shape[0], -1, self.stride)
+    def fold_rows(self, x: jax.Array) -> jax.Array:
+        """Bring a value a row into the kernels' form: mostly a free view."""
+        B = x.shape[0]
+        if self.by_token:
+            x = fit(x, self.rows * self.stride, 2)
+            x = x.reshape(B, self.packs, self.filled, self.stride)
+            return fit(x, self.tile_rows, 2).reshape(B, -1, self.stride)
+        x = x.reshape(B, self.stride, self.packs, self.filled)
+        return fit(x, self.tile_rows, 3).reshape(B, self.stride, -1)
 
     def unfold_rows(self, x: jax.Array) -> jax.Array:
         """Undo `fold_rows`, but for the tokens beyond T."""
         B, H = x.shape[0], self.packs * self.pack
-        x = x.reshape(B, self.packs, self.tile_rows, self.stride)
-        return x[:, :, : self.filled].reshape(B, H, self.rows * self.stride)
+        if self.by_token:
+            x = x.reshape(B, self.packs, self.tile_rows, self.stride)
+            return x[:, :, : self.filled].reshape(B, H, self.rows * self.stride)
+        x = x.reshape(B, self.stride, self.packs, self.tile_rows)
+        return x[..., : self.filled].reshape(B, self.stride * H, self.rows)
 
 
 def forward(
@@ -95,12 +112,16 @@ def forward(
     *,
     heads: int,
     strict: bool,
+    by_token: bool,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return (out_BRCV, lse_BHT of T = R*S); strict leaves out the query's own key."""
+    """Return (out_BRCV, lse); strict leaves out the query's own key.
+
+    lse, `by_token`, is (B, H, R*S); else it is (B, C, R).
+    """
     (B, R, C, K), V, dtype = q_BRCK.shape, v_BRCV.shape[-1], q_BRCK.dtype
     group = C // k_BRCK.shape[2]
-    packing = Packing.of(R, C, heads, 2 if R < M else 1)
+    packing = Packing.of(R, C, heads, 2 if R < M else 1, by_token)
     rows, pack = packing.tile_rows, packing.pack
     last_first = tiles.tiles_of(rows)[::-1]
     # Then a finished tile leaves at once, through its own rows of q's buffer.

@@ -18,25 +18,26 @@ def backward(
     k_BRCK: jax.Array,
     v_BRCV: jax.Array,
     out_BRCV: jax.Array,
-    lse_BHT: jax.Array,
+    lse: jax.Array,
     d_out_BRCV: jax.Array,
     scale: float,
     *,
     heads: int,
     strict: bool,
-    union: bool,
+    by_token: bool,
     interpret: bool = False,
-) -> tuple[jax.Array, ...]:
-    """Return (dq, dk, dv); dk and dv are one a query head.
+) -> tuple[jax.Array, jax.Array, jax.Array, list[jax.Array]]:
+    """Return (dq, dk, dv), with dk and dv one a query head, and a list of delta.
 
-    Of a `union`, which out and lse belong to, return delta_BHT of T = R*S too, since
-    the other part needs it: rowsum(out * d_out). Scores are transposed, keys by
+    out and lse may be those of a union that the columns are a part of. Then lse is
+    `by_token`, and so is delta, rowsum(out * d_out), which the other part needs too;
+    else lse is (B, C, R) and the list is empty. Scores are transposed, keys by
     queries, so that P and dS are register operands for dv and dk; dS goes to shared
     memory for dq, at the end.
     """
     (B, R, C, K), V, dtype = q_BRCK.shape, v_BRCV.shape[-1], q_BRCK.dtype
     group = C // k_BRCK.shape[2]
-    packing = Packing.of(R, C, heads, 1)
+    packing = Packing.of(R, C, heads, 1, by_token)
     rows, pack = packing.tile_rows, packing.pack
     each = tiles.tiles_of(rows)
     pairs = [(a, t) for a in range(len(each)) for t in range(a, len(each))]
@@ -44,7 +45,7 @@ def backward(
 
     def body(*refs):
         q, k, v, out, lse, d_out, dq, dk, dv, *rest = refs
-        delta, *rest = rest if union else (None, *rest)
+        delta, *rest = rest if by_token else (None, *rest)
         qs, ks, vs, dos, dss, *rest = rest
         os = dss if shared else rest.pop(0)
         ls, es, out_bar, q_bar = rest
@@ -74,7 +75,7 @@ def backward(
             y = plgpu.load(dos.at[pl.ds(row, M)], layout=LAYOUT).astype(jnp.float32)
             d = (x * y).sum(axis=1)
             es[pl.ds(row, M)] = d
-            if union:
+            if by_token:
                 packing.of_rows(delta, b, block)(row)[...] = d
         plgpu.barrier_wait(q_bar)
 
@@ -156,7 +157,7 @@ def backward(
             like_k,
             like_k,
             jax.ShapeDtypeStruct((B, R, C, V), dtype),
-            *((packing.row_values(B),) if union else ()),
+            *((packing.row_values(B),) if by_token else ()),
         ),
         scratch=[
             *(wide, wide, value, value),
@@ -169,8 +170,8 @@ def backward(
         grid={"b": B, "block": packing.blocks},
         threads=1,
         interpret=interpret,
-    )(q_BRCK, k_BRCK, v_BRCV, out_BRCV, packing.fold_rows(lse_BHT), d_out_BRCV)
-    return dq, dk, dv, *(packing.unfold_rows(x) for x in delta)
+    )(q_BRCK, k_BRCK, v_BRCV, out_BRCV, packing.fold_rows(lse), d_out_BRCV)
+    return dq, dk, dv, [packing.unfold_rows(x) for x in delta]
 
 
 def _shares_memory(rows: int, K: int, V: int) -> bool:

@@ -24,25 +24,25 @@ def backward(
     k_BRCK: jax.Array,
     v_BRCK: jax.Array,
     out_BRCK: jax.Array,
-    lse_BHT: jax.Array,
+    lse: jax.Array,
     d_out_BRCK: jax.Array,
     scale: float,
     *,
     heads: int,
     strict: bool,
-    union: bool,
+    by_token: bool,
     interpret: bool = False,
-) -> tuple[jax.Array, ...]:
+) -> tuple[jax.Array, jax.Array, jax.Array, list[jax.Array]]:
     """Do what `columns_backward` does, for R = 128, 192 or 256 and K = V = 64."""
     (B, R, C, K), dtype = q_BRCK.shape, q_BRCK.dtype
     group = C // k_BRCK.shape[2]
-    n, packing = R // M, Packing.of(R, C, heads, 1)
+    n, packing = R // M, Packing.of(R, C, heads, 1, by_token)
     pairs = [(a, t) for a in range(n) for t in range(a, n)]  # key tile, query tile
     # Tiles {0, 3} and {1, 2}: the same work for scores and for dq.
     mine = [[a for a in range(n) if w in (a % 4, 3 - a % 4)] for w in range(2)]
 
     def body(q, k, v, out, lse, d_out, dq, dk, dv, *rest):
-        delta, *rest = rest if union else (None, *rest)
+        delta, *rest = rest if by_token else (None, *rest)
         qs, ks, vs, dos, dss, ls, es, out_bar, q_bar, both = rest
         b, c = lax.axis_index("b"), lax.axis_index("column")
         w = lax.axis_index("warpgroup")
@@ -112,7 +112,7 @@ def backward(
                 y = plgpu.load(dos.at[rows(t)], layout=LAYOUT).astype(jnp.float32)
                 d = (x * y).sum(axis=1)
                 es[rows(t)] = d
-                if union:
+                if by_token:
                     packing.of_rows(delta, b, c)(t * M)[...] = d
             plgpu.commit_smem()
             meet(0)  # lse and delta are whole and out is dead: dS takes its place
@@ -155,7 +155,7 @@ def backward(
         name="long_columns_backward",
         out=(
             *(gradient, gradient, gradient),
-            *((packing.row_values(B),) if union else ()),
+            *((packing.row_values(B),) if by_token else ()),
         ),
         scratch=[
             *(column, column, column, column),
@@ -168,5 +168,5 @@ def backward(
         grid={"b": B, "column": C},
         threads=2,
         interpret=interpret,
-    )(q_BRCK, k_BRCK, v_BRCK, out_BRCK, packing.fold_rows(lse_BHT), d_out_BRCK)
-    return dq, dk, dv, *(packing.unfold_rows(x) for x in delta)
+    )(q_BRCK, k_BRCK, v_BRCK, out_BRCK, packing.fold_rows(lse), d_out_BRCK)
+    return dq, dk, dv, [packing.unfold_rows(x) for x in delta]

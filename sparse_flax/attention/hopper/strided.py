@@ -56,6 +56,12 @@ class Halves:
     strict: bool = False
     scale: float = 1.0
     interpret: bool = False
+    union: bool = True  # whether other parts may need log-sum-exps and deltas
+
+    @property
+    def by_token(self) -> bool:
+        """Whether a value a row is (B, H, T); of columns alone it is (B, S*H, R)."""
+        return self.union or bool(self.window)
 
     @classmethod
     def of(cls, some_parts: Sequence[Part], T: int, **settings) -> Halves | None:
@@ -91,7 +97,8 @@ def attend(
     """Return out_BTHV in v's dtype; the arguments are what `supports` lets pass."""
     T, V = q_BTHK.shape[1], v_BTHV.shape[3]
     scale, q_BTHK = positive(scale, q_BTHK)
-    halves = Halves.of(pattern.parts(), T, scale=scale, interpret=interpret)
+    settings = {"scale": scale, "interpret": interpret, "union": False}
+    halves = Halves.of(pattern.parts(), T, **settings)
     args = _widened(q_BTHK, k_BTHK, v_BTHV)
     return attend_by(_forward, _backward, halves, *args)[..., :V]
 
@@ -125,7 +132,7 @@ def _widened(q, k, v) -> list[jax.Array]:
 
 
 def _forward(halves: Halves, q, k, v):
-    """Return (out_BTHV, lse_BHT)."""
+    """Return (out_BTHV, lse), a `by_token` one as (B, H, T)."""
     T, H = q.shape[1:3]
     window, stride, run = halves.window, halves.stride, {"interpret": halves.interpret}
     init = None
@@ -133,14 +140,21 @@ def _forward(halves: Halves, q, k, v):
         folded, strict = [_fold(x, stride) for x in (q, k, v)], halves.strict
         if _column_fits(*folded):
             out, lse = columns.forward(
-                *folded, halves.scale, heads=H, strict=strict, **run
+                *folded,
+                halves.scale,
+                heads=H,
+                strict=strict,
+                by_token=halves.by_token,
+                **run,
             )
-            lse = lse[:, :, :T]
+            if halves.by_token:
+                lse = lse[:, :, :T]
         else:
             out, lse = span_forward.forward(
                 *folded, halves.scale, Span(int(strict)), **run
             )
-            lse = _by_token(lse, stride, T)
+            if halves.by_token:
+                lse = _by_token(lse, stride, T)
         out = _unfold(out, T, H)
         if not window:
             return out, lse
@@ -170,17 +184,20 @@ def _backward(halves: Halves, q, k, v, out, lse, d_out):
         strict = halves.strict
         backward = _columns_backward(*folded[:3])
         if backward:
-            dq, dk, dv, *delta = backward(
+            *into, delta = backward(
                 *(*folded[:4], lse, folded[4], halves.scale),
                 heads=H,
                 strict=strict,
-                union=bool(window),
+                by_token=halves.by_token,
                 **run,
             )
-            into, delta = (dq, dk, dv), delta[0][:, :, :T] if delta else None
+            delta = delta[0][:, :, :T] if delta else None
         else:
-            delta = row_products(out, d_out)
-            rows = (_by_column(x, stride) for x in (lse, delta))
+            if halves.by_token:
+                delta = row_products(out, d_out)
+                rows = [_by_column(x, stride) for x in (lse, delta)]
+            else:
+                rows = [lse, row_products(*folded[3:])]
             span = Span(int(strict))
             into = span_backward.backward(
                 *(*folded[:3], folded[4], *rows, halves.scale, span), **run
