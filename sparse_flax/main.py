@@ -14,7 +14,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from sparse_flax import processes
-from sparse_flax.errors import UserError
+from sparse_flax.errors import UserError, one_line
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file in configs/, with a preset after a colon where it has some."
@@ -208,10 +208,10 @@ def parse_flags(argv: list[str]) -> list[str]:
             text = "there is no such option; did" + text.rpartition("Did")[2].strip("'")
         elif isinstance(error, KeyError | AttributeError) and " " not in text.strip():
             text = f"the configuration has no option {text}"
-        raise UserError(" ".join(text.split())) from None
+        raise UserError(one_line(text)) from None
     except OSError as error:
         # "... [Errno 2] No such file or directory: 'x.py'", over several lines.
-        text = " ".join(str(error).split()).rpartition("] ")[2]
+        text = one_line(error).rpartition("] ")[2]
         raise UserError(f"--config cannot be read: {text}") from None
     # absl shows INFO by default: at start-up, every accelerator that is not there.
     if flags.FLAGS["verbosity"].using_default_value:
@@ -253,6 +253,8 @@ def entry_point() -> None:
     except OSError as error:
         # Whatever else the system refuses, standard output being full or closed too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError) and _MODE.value == "dry_run":
+            sys.exit(141)  # as `| head` ends any program: nothing is lost
         _end(2, f"error: {error}; put that right and run the same command again")
     except KeyboardInterrupt:
         _end(
@@ -261,7 +263,7 @@ def entry_point() -> None:
             "saved, or begins again",
         )
     except Exception as error:
-        what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        what = one_line(f"{type(error).__name__}: {error}")[:300]
         if processes.count() > 1:  # which ends before Python would print these
             traceback.print_exc()
             where = f"process {processes.index()} of {processes.count()}"

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from sparse_flax.errors import UserError
+from sparse_flax.errors import UserError, one_line
 
 ALIVE_EVERY = 1.0  # seconds between two signs of life
 SILENCE = 25  # seconds without one after which a process counts as dead
@@ -100,7 +100,7 @@ def start(mode: str, say: Callable[[str], None]) -> None:
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
     except RuntimeError as error:
-        what = " ".join(str(error).split())[:200]
+        what = one_line(error)[:200]
         raise UserError(
             f"process {process} of {number} could not join the others at {address}: "
             f"{what}; see that every process was started and that {address} can be "
@@ -151,7 +151,7 @@ def detect() -> tuple[str, int, int, list[int] | None] | None:
             )
         )
     except Exception as error:  # of each kind of cluster its own
-        what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        what = one_line(f"{type(error).__name__}: {error}")[:200]
         raise UserError(
             f"this looks like one of several hosts, but which cannot be found out "
             f"({what}); set {', '.join(OWN)}, or --distributed=off for this host alone"
@@ -284,7 +284,7 @@ class _Watch:
             except Exception as error:
                 if self._ended.is_set():
                     return
-                what = " ".join(str(error).split())[:160]
+                what = one_line(error)[:160]
                 _end_now(f"process 0 cannot be reached any more ({what})")
             now = time.monotonic()
             for key, told in there:

@@ -10,7 +10,7 @@ import re
 import jax
 from ml_collections import ConfigDict
 
-from sparse_flax.errors import UserError
+from sparse_flax.errors import UserError, one_line
 from sparse_flax.sharding import MESH_AXES
 
 # Without these the compiler looks for the machine's own TPU, and says that it has none;
@@ -53,7 +53,7 @@ def describe(name: str) -> list[jax.Device]:
     try:
         described = topologies.get_topology_desc(name, platform="tpu", **options)
     except (jax.errors.JaxRuntimeError, ValueError) as error:
-        why = " ".join(str(error).split()).removeprefix("INVALID_ARGUMENT: ")
+        why = one_line(error).removeprefix("INVALID_ARGUMENT: ")
         raise UserError(
             f"--topology={name} is none that the TPU compiler knows ({why}); try "
             f"--topology={found[1]}:{'2x2' if found[1].endswith('e') else '2x2x1'}"

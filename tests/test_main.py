@@ -298,3 +298,10 @@ def test_a_reader_that_goes_away_is_no_traceback(here, tmp_path):
     assert process.wait(timeout=60) == 2
     assert errors.startswith("error: [Errno 32] Broken pipe")
     assert len(errors.splitlines()) == 1
+
+
+def test_a_dry_run_whose_reader_goes_away_ends_without_a_word(here):
+    process = start(here, "--mode=dry_run")
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=60) == 141

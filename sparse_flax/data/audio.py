@@ -24,7 +24,7 @@ from sparse_flax.data import bytes as byte_data
 from sparse_flax.data import folder
 from sparse_flax.data.bytes import Splits
 from sparse_flax.data.folder import BadFileError, Store
-from sparse_flax.errors import UserError
+from sparse_flax.errors import UserError, one_line
 
 SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus")
 FEW = 20  # recordings: below, each is cut into the three splits
@@ -186,7 +186,7 @@ def _resampled(path: Path, rate: int) -> Iterator[tuple[int, np.ndarray]]:
     except (soundfile.SoundFileError, OSError, RuntimeError, ValueError) as error:
         reason = getattr(error, "error_string", "") or str(error)
         raise BadFileError(
-            f"is no recording that can be read ({' '.join(reason.split())})"
+            f"is no recording that can be read ({one_line(reason)})"
         ) from None
 
 

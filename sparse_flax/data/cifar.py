@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from sparse_flax.data import arrays
-from sparse_flax.errors import UserError
+from sparse_flax.errors import UserError, one_line
 
 PUBLISHED = {"train": 50_000, "test": 10_000}
 SITE = "https://www.cs.toronto.edu/~kriz/cifar.html"
@@ -160,7 +160,7 @@ def _pickled(content: bytes, what: str) -> np.ndarray:
     # Whatever a damaged or forged pickle leads to.
     except Exception as error:
         raise UserError(
-            f"{what} is no batch of CIFAR-10 ({' '.join(str(error).split())}); "
+            f"{what} is no batch of CIFAR-10 ({one_line(error)}); "
             f"download it again from {SITE}"
         ) from error
     return rows

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sparse_flax.data.folder import BadFileError
+from sparse_flax.errors import one_line
 
 # Not all that Pillow reads: for some formats it starts other programs.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -59,7 +60,7 @@ def read(path: Path, size: int) -> tuple[np.ndarray, list[str]]:
         raise
     # Decoders raise what they like, SyntaxError among it.
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         raise BadFileError(f"is damaged ({reason})") from None
 
 

@@ -23,7 +23,7 @@ from absl import app, flags
 
 from sparse_flax.data import archives, arrays, prepared
 from sparse_flax.data import bytes as byte_data
-from sparse_flax.errors import UserError
+from sparse_flax.errors import UserError, one_line
 
 _NAME = flags.DEFINE_string(
     "name", None, "enwik8, text8, bytes or images; after the last two /NAME of yours."
@@ -96,7 +96,7 @@ def prepare(
     except (OSError, RuntimeError) as error:  # the second, of array_record
         raise UserError(
             f"--data_dir={where} cannot be written to "
-            f"({' '.join(str(error).split())}); free some space or name another folder"
+            f"({one_line(error)}); free some space or name another folder"
         ) from error
     read = prepared.read_images if kind == "images" else prepared.read_bytes
     back = read(name, where, carve=False)
@@ -166,7 +166,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
-        raise UserError(" ".join(str(error).split())) from None
+        raise UserError(one_line(error)) from None
 
 
 def entry_point() -> None:

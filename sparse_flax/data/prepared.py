@@ -18,7 +18,7 @@ import numpy as np
 
 from sparse_flax import quiet  # noqa: F401, because it keeps TFDS' chatter off
 from sparse_flax.data import archives
-from sparse_flax.errors import UserError
+from sparse_flax.errors import UserError, one_line
 
 PREFIX = "tfds:"
 OURS = ("enwik8", "text8", "bytes", "images")  # what `prepare.py` prepares
@@ -150,7 +150,7 @@ def _builder(name: str, data_dir: str) -> Any:
     except Exception as error:
         raise UserError(
             f"data.name='tfds:{name}' in {where} cannot be read "
-            f"({' '.join(str(error).split())}); delete it and prepare it again"
+            f"({one_line(error)}); delete it and prepare it again"
         ) from error
     formats = {known.value for known in builder.info.available_file_formats()}
     if "array_record" not in formats:
@@ -270,7 +270,7 @@ def _records(builder: Any, split: str, feature: str) -> Iterator[Any]:
         ) from error
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"{builder.data_dir} is damaged ({' '.join(str(error).split())}); delete "
+            f"{builder.data_dir} is damaged ({one_line(error)}); delete "
             "it and prepare the set again"
         ) from error
     if shown:

@@ -17,7 +17,7 @@ from typing import IO, Any
 import numpy as np
 
 from sparse_flax.data import archives, folder
-from sparse_flax.errors import UserError
+from sparse_flax.errors import UserError, one_line
 
 TRAIN, TEST = "train_data_batch_*.npz", "val_data.npz"
 _IMAGE = 3 * 64 * 64  # bytes
@@ -107,7 +107,7 @@ def _opened(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
     except Exception as error:
         raise UserError(
             f"{path} is no batch of uint8 [N, {_IMAGE}] "
-            f"({' '.join(str(error).split())}); download it again"
+            f"({one_line(error)}); download it again"
         ) from error
 
 
