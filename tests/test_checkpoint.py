@@ -547,6 +547,7 @@ def test_kill_in_the_middle_of_saving(tmp_path, kills):
     state = namespace["state"]
     rng = random.Random(kills)
     announced = torn = 0
+    longest = 2.0
     for number in range(10 * kills):
         if number >= kills and torn:  # chance may miss every save for a while
             break
@@ -561,7 +562,7 @@ def test_kill_in_the_middle_of_saving(tmp_path, kills):
         )
         try:
             assert child.stdout.readline() == f"start {announced}\n"
-            time.sleep(rng.uniform(0.2, 2.0))
+            time.sleep(rng.uniform(0.2, longest))
         finally:
             child.send_signal(signal.SIGKILL)
             out, err = child.communicate()
@@ -575,6 +576,8 @@ def test_kill_in_the_middle_of_saving(tmp_path, kills):
         assert lines == []
         if found is None:
             assert not saved
+            if not torn:  # a busy machine, that begins to save later than this
+                longest = min(2 * longest, 30.0)
             continue
         assert found[0] >= max(saved, default=announced)
         assert_same(found[1], state(found[0]))
