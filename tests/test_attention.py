@@ -347,6 +347,10 @@ def test_memory_grows_as_the_keys_seen():
     # Dense walks its queries: memory grows with the keys of a chunk, not with T x T.
     dense = temporary(2048, Dense()), temporary(8192, Dense())
     assert dense[1] / dense[0] < 5
+    # A stride, a block or a window far beyond T is no longer than T.
+    for pattern in Columns, Strided, Local, Blocks:
+        long, whole = temporary(64, pattern(10**9)), temporary(64, pattern(64))
+        assert long <= whole
 
 
 @pytest.mark.usefixtures("optimised")

@@ -75,6 +75,18 @@ def test_reads_no_further_than_it_has_to(pattern):
     assert sum(read(pattern, T=3000, reach=21)) == sum(read(pattern, T=21))
 
 
+@pytest.mark.parametrize("pattern", [Dense(), Strided(4), Fixed(8, 2)], ids=str)
+def test_64_bit_types_may_be_on(pattern):
+    q, k, v, _ = inputs(SHAPES[1])
+    expected = reference.attend(q, k, v, pattern, q.shape[3] ** -0.5)
+    jax.config.update("jax_enable_x64", True)
+    try:
+        out = decoded(pattern, q.shape[1], q, k, v, 5)
+    finally:
+        jax.config.update("jax_enable_x64", False)
+    np.testing.assert_allclose(out[:, 5:], expected[:, 5:], rtol=2e-4, atol=2e-5)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_scores_are_float32_whatever_the_dtype(dtype):
     """Products of q and k beyond float16, and sums that bfloat16 would round away."""

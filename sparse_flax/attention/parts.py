@@ -149,9 +149,10 @@ class Columns(Part):
 
     def fold_q(self, x_BTHK: jax.Array) -> jax.Array:
         """(B, T, H, K) -> (B, R, S*H, K)."""
-        x = _pad(x_BTHK, self.stride)
+        stride = min(self.stride, x_BTHK.shape[1])
+        x = _pad(x_BTHK, stride)
         B, T, H, K = x.shape
-        return x.reshape(B, T // self.stride, self.stride * H, K)
+        return x.reshape(B, T // stride, stride * H, K)
 
     fold_kv = fold_q
 

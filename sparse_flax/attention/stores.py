@@ -264,6 +264,5 @@ def _rows(x_BHTW: jax.Array, held_HS) -> jax.Array:
 
 
 def _put(x_BHSW: jax.Array, x_BHW: jax.Array, place) -> jax.Array:
-    return jax.lax.dynamic_update_slice(
-        x_BHSW, x_BHW[:, :, None].astype(x_BHSW.dtype), (0, 0, place, 0)
-    )
+    row = x_BHW[:, :, None].astype(x_BHSW.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(x_BHSW, row, place, axis=2)

@@ -71,7 +71,7 @@ class Halves:
             if isinstance(part, parts.Band):
                 window = min(part.width, T)
             elif isinstance(part, parts.Columns):
-                stride, strict = part.stride, part.strict
+                stride, strict = min(part.stride, T), part.strict
             else:
                 return None
         if window and stride and stride >= T:
