@@ -87,6 +87,19 @@ def test_64_bit_types_may_be_on(pattern):
     np.testing.assert_allclose(out[:, 5:], expected[:, 5:], rtol=2e-4, atol=2e-5)
 
 
+def test_a_cache_of_other_heads_is_refused():
+    q, k, v, _ = inputs(SHAPES[1])  # two query heads to a key head
+    row = q[:, 3], k[:, 3], v[:, 3]
+    cache = decode.prefill(Fixed(4, 1, rotate=True), 21, k[:, :3], v[:, :3], 3)
+    with pytest.raises(ValueError, match="group=2"):
+        decode.step(cache, *row, 3)
+    with pytest.raises(ValueError, match="try T=21"):
+        decode.prefill(Dense(), 20, k, v, 3, group=2)
+    with pytest.raises(ValueError, match="1 rows"):
+        cache = decode.prefill(Dense(), 21, k, v, 3, group=2)
+        decode.step(cache, *(jnp.concatenate([x, x]) for x in row), 3)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_scores_are_float32_whatever_the_dtype(dtype):
     """Products of q and k beyond float16, and sums that bfloat16 would round away."""

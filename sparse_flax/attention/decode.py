@@ -31,13 +31,14 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from sparse_flax.attention import stores
+from sparse_flax.attention.layouts import spec_of, unset_mesh
 from sparse_flax.attention.patterns import Pattern
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["kv"],
-    meta_fields=["pattern", "T"],
+    meta_fields=["pattern", "T", "group"],
 )
 @dataclasses.dataclass(frozen=True)
 class Cache:
@@ -49,6 +50,7 @@ class Cache:
 
     pattern: Pattern
     T: int  # tokens at most
+    group: int  # query heads that share a key head
     kv: tuple[jax.Array, ...]
 
 
@@ -70,7 +72,20 @@ def prefill(
         are never seen. Without any (B, 0, H_kv, K), the cache is empty.
       length: int, or a traced int32 scalar.
       group: query heads that share a key head, H / H_kv.
+
+    Raises:
+      ValueError: k and v are no such arrays, or hold more than T tokens.
     """
+    if not k_BTHK.ndim == v_BTHV.ndim == 4 or k_BTHK.shape[:3] != v_BTHV.shape[:3]:
+        raise ValueError(
+            f"k {k_BTHK.shape}, v {v_BTHV.shape}: both must be (batch, tokens, heads, "
+            "width), and agree in all but the width"
+        )
+    if not (k_BTHK.shape[1] <= T and T >= 1 and group >= 1):
+        raise ValueError(
+            f"T={T} and group={group} must be at least 1, and T at least the "
+            f"{k_BTHK.shape[1]} tokens given; try T={max(T, k_BTHK.shape[1], 1)}"
+        )
 
     def keep(k, v, length):
         kv_BHTW = jnp.swapaxes(jnp.concatenate([k, v], axis=-1), 1, 2)
@@ -78,13 +93,14 @@ def prefill(
             heads.store.keep(stores.take(kv_BHTW, heads.keys, 1), length)
             for heads in stores.groups(pattern, T, k.shape[2] * group, group)
         ]
-        return Cache(pattern, T, tuple(kept))
+        return Cache(pattern, T, group, tuple(kept))
 
-    batch, _, head, _ = _spec(k_BTHK)
+    batch, _, head, _ = spec_of(k_BTHK)
     if batch or head:
         kv = P(batch, None, head, None)
         out = P(batch, head, None, None)
-        keep = jax.shard_map(keep, in_specs=(kv, kv, P()), out_specs=out)
+        mesh = unset_mesh(k_BTHK)
+        keep = jax.shard_map(keep, mesh=mesh, in_specs=(kv, kv, P()), out_specs=out)
     return keep(k_BTHK, v_BTHV, jnp.asarray(length, jnp.int32))
 
 
@@ -112,15 +128,28 @@ def step(
     Returns:
       (out_BHV in v's dtype, the cache with this token). Scores, softmax and sums are in
       float32, as the paper does it where it samples (section 5.6).
+
+    Raises:
+      ValueError: batch or heads are not those that the cache was made for.
     """
+    B, H = q_BHK.shape[:2]
+    if H != k_BHK.shape[1] * cache.group or B != cache.kv[0].shape[0]:
+        raise ValueError(
+            f"q {q_BHK.shape}, k {k_BHK.shape}: the cache is of {cache.kv[0].shape[0]} "
+            f"rows with {cache.group} query heads to a key head; make it with prefill("
+            f"..., group={max(H // k_BHK.shape[1], 1)}) from as many rows"
+        )
     scale = q_BHK.shape[-1] ** -0.5 if scale is None else scale
     reach = cache.T if reach is None else min(reach, cache.T)
     attend = functools.partial(_step, reach=reach, scale=scale)
-    batch, head, _ = _spec(q_BHK)
+    batch, head, _ = spec_of(q_BHK)
     if batch or head:
         row, kv = P(batch, head, None), P(batch, head, None, None)
         attend = jax.shard_map(
-            attend, in_specs=(kv, row, row, row, P()), out_specs=(row, kv)
+            attend,
+            mesh=unset_mesh(q_BHK),
+            in_specs=(kv, row, row, row, P()),
+            out_specs=(row, kv),
         )
     return attend(cache, q_BHK, k_BHK, v_BHV, jnp.asarray(position, jnp.int32))
 
@@ -176,8 +205,3 @@ def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
     if x.shape[0] == 1 or x.shape[-1] % 8:
         return jnp.sum(x * y, axis=-1)
     return jnp.sum(sum(x[..., i::8] * y[..., i::8] for i in range(8)), axis=-1)
-
-
-def _spec(x: jax.Array) -> tuple:
-    spec = jax.typeof(x).sharding.spec
-    return tuple(spec) + (None,) * (x.ndim - len(spec))

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from sparse_flax.attention import cudnn, gathered, hopper, parallel, reference, tpu
+from sparse_flax.attention.layouts import spec_of, unset_mesh
 from sparse_flax.attention.patterns import Pattern
 
 # Fastest first: where none is named, the first that runs on the device and supports
@@ -48,8 +49,9 @@ def sparse_attention(
       k_BTHK: keys [B, T, H_kv, K], where H_kv divides H: query head h uses key and
         value head h // (H / H_kv).
       v_BTHV: values [B, T, H_kv, V]; V may differ from K.
-      pattern: who sees whom. Patterns belong to query heads by global index.
-      scale: multiplies q.k; 1/sqrt(K) by default.
+      pattern: who sees whom. Patterns belong to query heads by their index in q_BTHK,
+        which in a shard_map or vmap of your own over heads is not the global one.
+      scale: a number, not traced, that multiplies q.k; 1/sqrt(K) by default.
       implementation: 'hopper' (kernels for an H100 or H200, reverse mode only),
         'cudnn' (NVIDIA GPUs from Ampere on, reverse mode only), 'tpu' (TPUs from v4
         on, reverse mode only), 'gathered' (any device, differentiable to any order)
@@ -68,11 +70,14 @@ def sparse_attention(
 
     Arrays whose types carry a sharding (a mesh with Explicit axes) are computed shard
     by shard: over batch and heads without communication, over tokens with what
-    parallel.py says. Keys and values are laid out as q is.
+    parallel.py says. Keys and values must be sharded as q is.
+
+    A key or value that is not finite can reach rows that do not see it, since a weight
+    of 0 times NaN is NaN.
     """
     _check(q_BTHK, k_BTHK, v_BTHV, pattern)
-    scale = float(q_BTHK.shape[-1] ** -0.5 if scale is None else scale)
-    layout = _layout(q_BTHK, k_BTHK, pattern)
+    scale = _number(q_BTHK.shape[-1] ** -0.5 if scale is None else scale)
+    layout = _layout(q_BTHK, k_BTHK, v_BTHV, pattern)
     devices = layout.devices(1)
     args = [layout.shard(x) for x in (q_BTHK, k_BTHK, v_BTHV)]
     choice = _pick(implementation, target_device_kind(), pattern, *args, devices)
@@ -91,6 +96,7 @@ def sparse_attention(
     if layout.mesh is not None:
         attend = jax.shard_map(
             attend,
+            mesh=unset_mesh(q_BTHK),
             in_specs=(layout.spec,) * 3,
             out_specs=layout.spec,
             # Splash's results do not say over which axes they vary.
@@ -153,6 +159,12 @@ def explain(
     Raises:
       ValueError: as `sparse_attention`.
     """
+    if not isinstance(pattern, Pattern):
+        raise ValueError(f"pattern={_short(pattern)} is no pattern; try Strided(128)")
+    if isinstance(q, jax.Array):
+        token_devices = max(token_devices, _layout(q, k, v, pattern).devices(1))
+    if token_devices != int(token_devices) or token_devices < 1:
+        raise ValueError(f"token_devices={token_devices} must be at least 1; try 1")
     q, k, v = (_as_struct(x) for x in (q, k, v))
     _check(q, k, v, pattern)
     device_kind = device_kind or target_device_kind()
@@ -227,7 +239,7 @@ def _pick(
             f"{', '.join(IMPLEMENTATIONS)}; try {near[0]!r} or None"
         )
     module = IMPLEMENTATIONS[implementation]
-    why = supports(module) or module.runs_on(device_kind)
+    why = module.runs_on(device_kind) or supports(module)
     if why:
         raise ValueError(
             f"implementation={implementation!r}: {why}; or let None pick one"
@@ -250,9 +262,19 @@ def _warn_once(sentence: str) -> None:
     warnings.warn(sentence, stacklevel=3)
 
 
+def _short(x: Any) -> str:
+    return f"an array {x.shape}" if hasattr(x, "shape") else f"{x!r}"[:80]
+
+
 def _check(q: Any, k: Any, v: Any, pattern: Pattern) -> None:
     if not isinstance(pattern, Pattern):
-        raise ValueError(f"pattern={pattern!r} is no pattern; try Strided(128)")
+        raise ValueError(
+            f"pattern={_short(pattern)} is no pattern, which comes after q, k and v; "
+            "try Strided(128)"
+        )
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not hasattr(x, "shape"):
+            raise ValueError(f"{name}={_short(x)} is no array")
     shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
     if not (len(q.shape) == len(k.shape) == len(v.shape) == 4):
         raise ValueError(
@@ -279,6 +301,16 @@ def _check(q: Any, k: Any, v: Any, pattern: Pattern) -> None:
         )
 
 
+def _number(scale: Any) -> float:
+    try:
+        return float(scale)
+    except (TypeError, ValueError):  # jax's error for what is traced is the first
+        raise ValueError(
+            f"scale={scale!r} must be a number that is known when traced; multiply q "
+            "by one that is not, and pass scale=1.0"
+        ) from None
+
+
 @dataclasses.dataclass(frozen=True)
 class _Layout:
     """How arrays (B, T, H, ..) lie on a mesh; on none if `mesh` is None."""
@@ -300,15 +332,18 @@ class _Layout:
         return jax.ShapeDtypeStruct(tuple(shape), x.dtype)
 
 
-def _layout(q, k, pattern: Pattern) -> _Layout:
+def _layout(q, k, v, pattern: Pattern) -> _Layout:
     """Read off how q is sharded, and check that each device can compute its shard."""
-    sharding = jax.typeof(q).sharding
-    spec = tuple(sharding.spec) + (None,) * (4 - len(sharding.spec))
+    sharding, spec = jax.typeof(q).sharding, spec_of(q)
+    for name, other in (("k", spec_of(k)), ("v", spec_of(v))):
+        if other != spec:
+            raise ValueError(
+                f"q is sharded as {P(*spec)} and {name} as {P(*other)}; all three must "
+                "be alike, so reshard them first"
+            )
     if not any(spec):
         return _Layout()
     batch, tokens, heads, width = spec
-    if isinstance(tokens, tuple) and len(tokens) == 1:
-        (tokens,) = tokens
     if width or isinstance(tokens, tuple):
         raise ValueError(
             f"q is sharded as {sharding.spec}; only batch, heads and, over one mesh "

@@ -3,8 +3,10 @@
 Each core is a small dense problem; memory and compute grow with the keys that are seen,
 never with T x T. No custom gradient, so jvp and derivatives of any order work. Where a
 core's logits would pass `LOGITS`, or the rows of a causal one `ROWS`, its query rows
-are walked in chunks, each rematerialised in the backward pass. Masked pairs are
-computed too where a block holds them: about as many as are seen.
+are walked in chunks, each rematerialised in the backward pass; under `jax.vmap` that
+holds for each example, so give a batch as a batch. Masked pairs are computed too where
+a block holds them: about as many as are seen, or more where a window is below
+`SMALLEST_BLOCK`.
 """
 
 from __future__ import annotations
@@ -71,6 +73,8 @@ def attend_parts(
     T, H = q_BTHK.shape[1:3]
     pieces = []
     for part in some_parts:
+        if not isinstance(part, parts.Everything) and not part.pairs(T):
+            continue  # it sees nothing, and would be padded to a whole stride or block
         q, k, v = part.fold_q(q_BTHK), part.fold_kv(k_BTHK), part.fold_kv(v_BTHV)
         out, lse = CORES[type(part.core)](part.core, q, k, v, scale)
         pieces.append((part.unfold(out, T, H), part.unfold(lse, T, H)))
@@ -183,10 +187,10 @@ def _attend_rows(q, k, v, mask, scale):
     seen = jnp.where(total > 0, total, 1.0)
     out = jnp.einsum(
         "BHGTS,BSHV->BTHGV",
-        weights_BHGTS.astype(v.dtype),
+        # Divided before they are rounded, as their gradient is made of the quotient.
+        (weights_BHGTS / seen[..., None]).astype(v.dtype),
         v,
         preferred_element_type=jnp.float32,
     )
-    out = out / jnp.moveaxis(seen, 3, 1)[..., None]
     lse = jnp.moveaxis(jnp.where(total > 0, top + jnp.log(seen), -jnp.inf), 3, 1)
     return out.reshape(B, T, H, -1), lse.reshape(B, T, H)

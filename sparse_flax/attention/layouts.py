@@ -54,6 +54,22 @@ def _attend_backward(forward, backward, plan, residuals, d_out):
 attend_by.defvjp(_attend_forward, _attend_backward)
 
 
+def spec_of(x: jax.Array) -> tuple:
+    """The mesh axes that each dimension is sharded over by x's type, or None."""
+    spec = [
+        axes[0] if isinstance(axes, tuple) and len(axes) == 1 else axes
+        for axes in jax.typeof(x).sharding.spec
+    ]
+    return (*spec, *[None] * (x.ndim - len(spec)))
+
+
+def unset_mesh(x: jax.Array) -> Any:
+    """The mesh of x's type, to name it to jax.shard_map; None if jax.set_mesh has."""
+    if jax.sharding.get_abstract_mesh().axis_names:
+        return None
+    return jax.typeof(x).sharding.mesh
+
+
 def up(n: int, multiple: int) -> int:
     """The least multiple that is not below n."""
     return -(-n // multiple) * multiple

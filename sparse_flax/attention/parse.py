@@ -58,6 +58,11 @@ def _build(node: ast.AST, text: str) -> Any:
             )
         args = [_build(arg, text) for arg in node.args]
         kwargs = {k.arg: _build(k.value, text) for k in node.keywords if k.arg}
+        if len(kwargs) < len(node.keywords):
+            raise ValueError(
+                f"pattern {ast.unparse(node)} must name each argument of "
+                f"{_signature(name)} once"
+            )
         try:
             return PATTERNS[name](*args, **kwargs)
         except TypeError:

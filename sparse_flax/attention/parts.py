@@ -152,13 +152,16 @@ class Columns(Part):
         stride = min(self.stride, x_BTHK.shape[1])
         x = _pad(x_BTHK, stride)
         B, T, H, K = x.shape
+        # In two steps, since a sharded dimension may be merged, and not split as well.
+        x = x.reshape(B, T // stride, stride, H, K)
         return x.reshape(B, T // stride, stride * H, K)
 
     fold_kv = fold_q
 
     def unfold(self, x: jax.Array, T: int, H: int) -> jax.Array:
         """(B, R, S*H, ..) -> (B, T, H, ..)."""
-        return x.reshape(x.shape[0], -1, H, *x.shape[3:])[:, :T]
+        x = x.reshape(*x.shape[:2], -1, H, *x.shape[3:])
+        return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :T]
 
     def pairs(self, T: int) -> int:
         """One for each whole stride before the query, and itself unless strict."""
@@ -182,14 +185,16 @@ class OwnBlock(Part):
         """(B, T, H, K) -> (B*R, S, H, K)."""
         size = min(self.size, x_BTHK.shape[1])
         x = _pad(x_BTHK, size)
-        return x.reshape(-1, size, *x.shape[2:])
+        x = x.reshape(x.shape[0], -1, size, *x.shape[2:])
+        return x.reshape(-1, *x.shape[2:])
 
     fold_kv = fold_q
 
     def unfold(self, x: jax.Array, T: int, H: int) -> jax.Array:
         """(B*R, S, H, ..) -> (B, T, H, ..)."""
         rows = -(-T // min(self.size, T))
-        return x.reshape(x.shape[0] // rows, -1, *x.shape[2:])[:, :T]
+        x = x.reshape(x.shape[0] // rows, rows, *x.shape[1:])
+        return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :T]
 
     def pairs(self, T: int) -> int:
         """A triangle a block."""

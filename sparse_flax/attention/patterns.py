@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -236,8 +237,11 @@ class PerHead(Pattern):
     patterns: tuple[Pattern, ...]
 
     def __post_init__(self):
-        object.__setattr__(self, "patterns", tuple(self.patterns))
-        wrong = [p for p in self.patterns if not isinstance(p, Pattern)]
+        if isinstance(self.patterns, Iterable):
+            object.__setattr__(self, "patterns", tuple(self.patterns))
+            wrong = [p for p in self.patterns if not isinstance(p, Pattern)]
+        else:
+            wrong = [self.patterns]
         if wrong or not self.patterns:
             raise ValueError(
                 f"PerHead: patterns={self.patterns!r} must be a non-empty tuple of "
@@ -248,8 +252,14 @@ class PerHead(Pattern):
     def head_period(self) -> int:
         """The least p such that heads h and h + p always see the same keys."""
         n = len(self.patterns)
+        # Where the patterns themselves repeat sooner, so do the heads.
+        n = next(
+            p
+            for p in range(1, n + 1)
+            if n % p == 0 and self.patterns[p:] == self.patterns[:-p]
+        )
         # A pattern repeats after so many visits, each n heads on.
-        periods = [p.head_period for p in self.patterns]
+        periods = [p.head_period for p in self.patterns[:n]]
         return n * math.lcm(*(period // math.gcd(period, n) for period in periods))
 
     def of_head(self, head: int) -> Pattern:
@@ -280,13 +290,21 @@ def _whole(pattern: Pattern, name: str) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
+def _nearest(pattern: Pattern, name: str, low: int, high: int = 2**31) -> int:
+    """Return the whole number from low to high that is nearest to a field."""
+    value = getattr(pattern, name)
+    if not isinstance(value, int | float) or value != value:
+        return low
+    return round(min(max(value, low), high))
+
+
 def _positive(pattern: Pattern, *names: str) -> None:
     for name in names:
         value = _whole(pattern, name)
         if value is None or value < 1:
             raise ValueError(
                 f"{type(pattern).__name__}: {name}={getattr(pattern, name)!r} must be "
-                "a whole number of at least 1; try 1"
+                f"a whole number of at least 1; try {_nearest(pattern, name, 1)}"
             )
 
 
@@ -303,7 +321,7 @@ def _check_summary(pattern: Any) -> None:
         raise ValueError(
             f"{name}: offset={pattern.offset!r} must be a whole number from 0 to {most}"
             f", so that the slice lies inside the block; try "
-            f"{most if offset and offset > most else 0}"
+            f"{_nearest(pattern, 'offset', 0, most)}"
         )
 
 
