@@ -462,12 +462,22 @@ def test_parse(text, expected):
         ("()", "is empty"),
         ("__import__('os')", "none of"),
         ("PerHead(())", "non-empty"),
+        ("PerHead(Local(4))", "non-empty"),
+        ("Strided(4.0)", "try 4"),
+        ("Fixed(8, 2, offset=10.0)", "try 3"),
+        ("Strided(stride=3, stride=5)", "each argument of Strided(stride) once"),
     ],
 )
 def test_parse_errors_are_sentences(text, says):
     with pytest.raises(ValueError) as error:
         parse(text)
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_heads_that_repeat_are_one_period():
+    assert PerHead((Local(4), Local(4))).head_period == 1
+    assert PerHead((Local(4), Dense(), Local(4), Dense())).head_period == 2
+    assert PerHead((Local(4), Dense(), Local(4))).head_period == 3
 
 
 def test_numpy_numbers_are_numbers():
@@ -484,12 +494,20 @@ def test_call_errors_are_sentences():
         ((q[0], q, q, Dense()), "four dimensions"),
         ((q, q.astype(jnp.bfloat16), q, Dense()), "one floating-point dtype"),
         ((q, q, q, "strided"), "no pattern"),
+        ((Dense(), q, q, q), "after q, k and v"),
+        ((None, q, q, Dense()), "q=None is no array"),
         ((q[:, :0], q[:, :0], q[:, :0], Dense()), "no dimension may be 0"),
     ]:
         with pytest.raises(ValueError, match=says):
             sparse_attention(*args)
     with pytest.raises(ValueError, match="try 'gathered'"):
         sparse_attention(q, q, q, Dense(), implementation="gatherd")
+    with pytest.raises(ValueError, match="known when traced"):
+        jax.grad(lambda x: sparse_attention(q, q, q, Dense(), scale=x).sum())(0.3)
+    with pytest.raises(ValueError, match="token_devices=0"):
+        explain(Dense(), q, q, q, token_devices=0)
+    with pytest.raises(ValueError, match="is no pattern"):
+        explain(q, q, q, Dense())
 
 
 def test_attention_stands_alone():
