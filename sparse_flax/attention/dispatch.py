@@ -154,17 +154,17 @@ def explain(
       device_kind: as `jax.Device.device_kind`; of the mesh or the default device if
         None.
       implementation: as for `sparse_attention`.
-      token_devices: that each sequence is spread over.
+      token_devices: that each sequence is spread over, if q's type does not say it.
 
     Raises:
       ValueError: as `sparse_attention`.
     """
     if not isinstance(pattern, Pattern):
         raise ValueError(f"pattern={_short(pattern)} is no pattern; try Strided(128)")
-    if isinstance(q, jax.Array):
-        token_devices = max(token_devices, _layout(q, k, v, pattern).devices(1))
     if token_devices != int(token_devices) or token_devices < 1:
         raise ValueError(f"token_devices={token_devices} must be at least 1; try 1")
+    if isinstance(q, jax.Array):
+        token_devices = max(token_devices, _layout(q, k, v, pattern).devices(1))
     q, k, v = (_as_struct(x) for x in (q, k, v))
     _check(q, k, v, pattern)
     device_kind = device_kind or target_device_kind()
