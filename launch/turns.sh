@@ -22,7 +22,7 @@ end=$((SECONDS + $1)) out=$2 workdir=
 shift 2
 for flag in "$@"; do
     case $flag in
-        --workdir=*) workdir=${flag#*=} ;;
+        --workdir=*) workdir=${flag#*=} workdir=${workdir%/} ;;
         --mode | --mode=*)
             echo "error: $flag: the modes are train, eval and sample; leave it out" >&2
             exit 2

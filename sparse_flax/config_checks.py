@@ -135,8 +135,11 @@ FRACTIONS = ["model.dropout", "optim.beta1", "optim.beta2", "optim.ema_decay"]
 
 def _check_numbers(config: ConfigDict) -> None:
     values = flatten(config.to_dict())
-    if values["seed"] >= 2**32:  # what a JAX key takes in without loss
-        raise UserError(f"seed={values['seed']} must be below 2**32; try {2**32 - 1}")
+    for name in ("seed", "sample.seed"):  # what a JAX key takes in without loss
+        if values[name] >= 2**32:
+            raise UserError(
+                f"{name}={values[name]} must be below 2**32; try {2**32 - 1}"
+            )
     for names, low in ((AT_LEAST_1, 1), (AT_LEAST_0, 0)):
         for name in names:
             if not low <= values[name] < math.inf:

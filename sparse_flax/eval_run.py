@@ -270,7 +270,6 @@ class EvalRun:
             file.write(b"\n" * torn + json.dumps(row).encode() + b"\n")
 
     def _say_stopped(self) -> None:
-        self.say(
-            f"stopped by {self.stop.signal}; what was scored before is in "
-            f"{self.folder.evaluations}"
-        )
+        path = self.folder.evaluations
+        where = f"; what was scored before is in {path}" if path.exists() else ""
+        self.say(f"stopped by {self.stop.signal}{where}")

@@ -145,14 +145,14 @@ def train_row(
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Read the rows of a metrics.jsonl, without a last line that a kill tore."""
-    rows = []
+    rows: list[Any] = []
     text = path.read_text(errors="replace") if path.exists() else ""
     for line in text.splitlines():
         try:
             rows.append(json.loads(line))
         except ValueError:
             continue
-    return rows
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def first_not_finite(model: Any, good_gradients: list[bool]) -> str:

@@ -407,6 +407,12 @@ def test_a_pattern_that_is_dense_is_told():
     ]
 
 
+@pytest.mark.parametrize("name", ["seed", "sample.seed"])
+def test_seeds_fit_a_key(name):
+    with pytest.raises(UserError, match=f"^{name}=4294967296 must be below"):
+        finalize(changed(**{name.replace(".", "__"): 2**32}))
+
+
 # ---- The command line --------------------------------------------------------------
 
 COMMANDS = {

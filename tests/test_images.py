@@ -31,6 +31,7 @@ from sparse_flax.data import (
     sources,
 )
 from sparse_flax.data.folder import BadFileError
+from sparse_flax.errors import UserError
 from sparse_flax.eval_run import EvalRun
 from sparse_flax.train import Trainer
 
@@ -135,6 +136,7 @@ def make_bad(folder):
     png(folder / "wide.png", 40_000, 3_000, 8, 2, bytes(1000))
     png(folder / "deep.png", 8, 8, 16, 2, bytes((1 + 8 * 6) * 8))
     Image.fromarray(noise(8, 8).astype(np.uint16)).save(folder / "grey16.png")
+    (folder / "deep.ppm").write_bytes(b"P6 8 8 65535\n" + bytes(8 * 8 * 6))
     frames = [Image.fromarray(noise(8, 8, 3, seed=i)) for i in range(3)]
     frames[0].save(folder / "moves.gif", save_all=True, append_images=frames[1:])
     return {
@@ -146,6 +148,7 @@ def make_bad(folder):
         "wide.png": "has 40,000 x 3,000 pixels, and 100,000,000 in all are the most",
         "deep.png": "has colours of more than 8 bits",
         "grey16.png": "has colours of more than 8 bits",
+        "deep.ppm": "has colours of more than 8 bits",
         "moves.gif": "holds several pictures",
     }
 
@@ -155,6 +158,23 @@ def test_files_that_lie_are_told_apart(tmp_path):
         with pytest.raises(BadFileError) as caught:
             pictures.read(tmp_path / name, 8)
         assert said in str(caught.value) and "\n" not in str(caught.value), name
+
+
+def test_rows_of_160_bytes_are_no_16_bits(tmp_path):
+    for width in 53, 54, 160:
+        for suffix in "bmp", "tiff":
+            image_HWC = noise(width, width, 3)
+            path = save(tmp_path / f"{width}.{suffix}", image_HWC)
+            np.testing.assert_array_equal(pictures.read(path, width)[0], image_HWC)
+    (tmp_path / "160.ppm").write_bytes(b"P6 8 8 160\n" + bytes(8 * 8 * 3))
+    assert not pictures.read(tmp_path / "160.ppm", 8)[0].any()
+
+
+def test_a_phone_s_preview_behind_the_picture_is_left_out(tmp_path):
+    first, second = (Image.fromarray(np.full((8, 8, 3), x, np.uint8)) for x in (9, 200))
+    path = tmp_path / "phone.jpg"
+    first.save(path, format="MPO", save_all=True, append_images=[second])
+    assert (pictures.read(path, 8)[0] == 9).all()
 
 
 # --- a folder
@@ -194,6 +214,11 @@ def test_sub_folders_are_splits(album, tmp_path):
     shutil.rmtree(album / "test")
     found = load(album, tmp_path)  # a tenth or so of train, then
     assert sorted([*found.train[:, 0], *found.test[:, 0]]) == list(range(0, 40, 4))
+    (album / "train").rename(album / "Train")
+    assert sorted(load(album, tmp_path).validation[:, 0]) == list(range(1, 40, 4))
+    (album / "Train").rename(album / "training")
+    with pytest.raises(UserError, match="sub-folder val and none that is named train"):
+        load(album, tmp_path)
 
 
 def test_bad_files_are_left_out_counted_and_remembered(album, tmp_path, monkeypatch):
@@ -204,8 +229,9 @@ def test_bad_files_are_left_out_counted_and_remembered(album, tmp_path, monkeypa
     found = load(album, tmp_path)
     assert sum(map(len, (found.train, found.validation, found.test))) == 42
     assert "42 pictures" in found.source
-    assert f"{len(bad)} of 51 files are left out: bad/" in found.notice
-    assert "and 4 more" in found.notice and "1 other files" in found.notice
+    assert f"{len(bad)} of {42 + len(bad)} files are left out: bad/" in found.notice
+    assert f"and {len(bad) - 5} more" in found.notice
+    assert "1 other files" in found.notice
     assert "1 pictures without colours" in found.notice
     assert "1 pictures smaller than 8 x 8" in found.notice
 

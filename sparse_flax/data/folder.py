@@ -30,6 +30,7 @@ SUBFOLDERS = {
     "validation": ("validation", "valid", "val"),
     "test": ("test",),
 }
+HELD_OUT = {name for split in SPLITS[1:] for name in SUBFOLDERS[split]}
 _FORMAT = 1  # of the cache: another number makes all of it again
 _SHOWN = 20_000_000  # bytes that take so long to read that progress is shown
 
@@ -94,28 +95,34 @@ def find(root: Path, suffixes: Sequence[str], what: str) -> tuple[list[Path], in
 
 def has_splits(root: Path) -> bool:
     """Whether a folder has a sub-folder train, which makes others splits, too."""
-    return (root / "train").is_dir()
+    return any(x.name.lower() == "train" and x.is_dir() for x in root.iterdir())
 
 
 def files_by_split(root: Path, files: list[Path], what: str) -> dict[str, list[Path]]:
     """Divide what `find` has found.
 
     The splits are the sub-folders train, validation (or valid, val) and test where
-    train is there. What they lack, and everything where there are none, is drawn by the
-    hash of the names, 90/5/5, so that a file stays in its split when others come.
+    train is there, in capitals or not. What they lack, and everything where there are
+    none, is drawn by the hash of the names, 90/5/5, so that a file stays in its split
+    when others come.
 
     Raises:
-      UserError: there are too few for three splits.
+      UserError: there are too few for three splits, or held-out ones without train.
     """
     parts = {"train": files}
+    top = {file: file.relative_to(root).parts[0].lower() for file in files}
     if has_splits(root):
-        top = {file: file.relative_to(root).parts[0] for file in files}
         parts = {
             split: [file for file in files if top[file] == name]
             for split, names in SUBFOLDERS.items()
             for name in names[::-1]
             if name in top.values()
         }
+    elif held_out := HELD_OUT.intersection(top.values()):
+        raise UserError(
+            f"{root} has a sub-folder {min(held_out)} and none that is named train; "
+            "name the one to train on train, or give the others other names"
+        )
     missing = [split for split in SPLITS[1:] if not parts.get(split)]
     files = parts.get("train", [])
     if len(files) <= len(missing):

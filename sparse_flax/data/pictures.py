@@ -64,6 +64,16 @@ def read(path: Path, size: int) -> tuple[np.ndarray, list[str]]:
         raise BadFileError(f"is damaged ({reason})") from None
 
 
+def _is_deep(tile: tuple) -> bool:
+    """Whether Pillow would drop half of 16 bits: only a decoder's arguments say so."""
+    codec, _, _, arguments = tile
+    if not isinstance(arguments, tuple):
+        return "16" in str(arguments)
+    if codec == "ppm" and arguments[1] > 255:
+        return True
+    return "16" in str(arguments[0]) if arguments else False
+
+
 def _convert(image: Image.Image, size: int) -> tuple[np.ndarray, list[str]]:
     width, height = image.size
     if width * height > LARGEST:
@@ -71,11 +81,10 @@ def _convert(image: Image.Image, size: int) -> tuple[np.ndarray, list[str]]:
             f"has {width:,} x {height:,} pixels, and {LARGEST:,} in all are the most "
             "that are read"
         )
-    # Pillow says only by the name of the decoder that it drops half of each 16 bits.
-    deep = any("16" in str(tile[3]) for tile in image.tile)
-    if deep or image.mode.startswith(("I", "F")):
+    if any(map(_is_deep, image.tile)) or image.mode.startswith(("I", "F")):
         raise BadFileError("has colours of more than 8 bits; save it with 8")
-    if getattr(image, "is_animated", False):
+    # Phones put a preview or a second view behind the picture: that format is MPO.
+    if getattr(image, "is_animated", False) and image.format != "MPO":
         raise BadFileError("holds several pictures; save one of them")
     image.load()
     remarks = []

@@ -109,7 +109,7 @@ def position(text: str, config: ConfigDict) -> int | tuple[int, ...] | None:
         if text.endswith("s") and config.data.kind == "audio":
             return round(float(text[:-1]) * config.data.rate)
         numbers = tuple(int(number) for number in text.split(","))
-    except ValueError:
+    except (ValueError, OverflowError):
         raise UserError(
             f"--position={text} is not readable; write the number of a byte, as in 100"
             f"{_OTHERWISE[config.data.kind]}"
