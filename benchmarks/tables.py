@@ -16,6 +16,8 @@ import re
 import statistics
 import sys
 
+import jax
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the package, also where it is not installed
 
@@ -401,6 +403,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="only compare")
     options = parser.parse_args()
+    if jax.__version_info__ < (0, 11):
+        sys.exit("error: before jax 0.11 hopper supports nothing; the tables say more")
     made = tables()
     for name in FILES:
         old = (ROOT / name).read_text()

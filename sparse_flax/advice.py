@@ -42,6 +42,8 @@ def what_to_change(
         if rung is None:
             return _beyond(changed, flags, needs, limit)
         flags, changed, needs = _mildest(config, rung, limit, measure)
+    if needs.total <= budget.usable:
+        limit, setting = budget.usable, ""  # the flags alone are enough
     options = " ".join([setting, *_written(flags)]).strip()
     return f"what fits: {options} (then {gib(needs.total)} of {gib(limit)})"
 
