@@ -21,7 +21,7 @@ import jax
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the package, also where it is not installed
 
-from sparse_flax.attention import support_table  # noqa: E402
+from sparse_flax.attention import hopper, support_table  # noqa: E402
 from sparse_flax.devices import GIB  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -403,7 +403,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="only compare")
     options = parser.parse_args()
-    if jax.__version_info__ < (0, 11):
+    if jax.__version_info__ < hopper.OLDEST_JAX:
         sys.exit("error: before jax 0.11 hopper supports nothing; the tables say more")
     made = tables()
     for name in FILES:

@@ -75,7 +75,8 @@ def sparse_attention(
     A key or value that is not finite can reach rows that do not see it, since a weight
     of 0 times NaN is NaN.
     """
-    _check(q_BTHK, k_BTHK, v_BTHV, pattern)
+    _check_pattern(pattern, "after q, k and v")
+    _check(q_BTHK, k_BTHK, v_BTHV)
     scale = _number(q_BTHK.shape[-1] ** -0.5 if scale is None else scale)
     layout = _layout(q_BTHK, k_BTHK, v_BTHV, pattern)
     devices = layout.devices(1)
@@ -159,14 +160,13 @@ def explain(
     Raises:
       ValueError: as `sparse_attention`.
     """
-    if not isinstance(pattern, Pattern):
-        raise ValueError(f"pattern={_short(pattern)} is no pattern; try Strided(128)")
+    _check_pattern(pattern, "first")
     if token_devices != int(token_devices) or token_devices < 1:
         raise ValueError(f"token_devices={token_devices} must be at least 1; try 1")
     if isinstance(q, jax.Array):
         token_devices = max(token_devices, _layout(q, k, v, pattern).devices(1))
     q, k, v = (_as_struct(x) for x in (q, k, v))
-    _check(q, k, v, pattern)
+    _check(q, k, v)
     device_kind = device_kind or target_device_kind()
     if why := parallel.refusal(pattern, q.shape[1], token_devices):
         raise ValueError(why)
@@ -266,12 +266,15 @@ def _short(x: Any) -> str:
     return f"an array {x.shape}" if hasattr(x, "shape") else f"{x!r}"[:80]
 
 
-def _check(q: Any, k: Any, v: Any, pattern: Pattern) -> None:
+def _check_pattern(pattern: Any, place: str) -> None:
     if not isinstance(pattern, Pattern):
         raise ValueError(
-            f"pattern={_short(pattern)} is no pattern, which comes after q, k and v; "
-            "try Strided(128)"
+            f"pattern={_short(pattern)} is no pattern, which comes {place}; try "
+            "Strided(128)"
         )
+
+
+def _check(q: Any, k: Any, v: Any) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not hasattr(x, "shape"):
             raise ValueError(f"{name}={_short(x)} is no array")

@@ -254,9 +254,7 @@ class PerHead(Pattern):
         n = len(self.patterns)
         # Where the patterns themselves repeat sooner, so do the heads.
         n = next(
-            p
-            for p in range(1, n + 1)
-            if n % p == 0 and self.patterns[p:] == self.patterns[:-p]
+            m for m in range(1, n + 1) if self.patterns[:m] * (n // m) == self.patterns
         )
         # A pattern repeats after so many visits, each n heads on.
         periods = [p.head_period for p in self.patterns[:n]]

@@ -26,12 +26,12 @@ def backward(
     strict: bool,
     by_token: bool,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array, list[jax.Array]]:
-    """Return (dq, dk, dv), with dk and dv one a query head, and a list of delta.
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """Return (dq, dk, dv, delta or None); dk and dv are one a query head.
 
     out and lse may be those of a union that the columns are a part of. Then lse is
     `by_token`, and so is delta, rowsum(out * d_out), which the other part needs too;
-    else lse is (B, C, R) and the list is empty. Scores are transposed, keys by
+    else lse is (B, C, R) and delta is None. Scores are transposed, keys by
     queries, so that P and dS are register operands for dv and dk; dS goes to shared
     memory for dq, at the end.
     """
@@ -171,7 +171,7 @@ def backward(
         threads=1,
         interpret=interpret,
     )(q_BRCK, k_BRCK, v_BRCV, out_BRCV, packing.fold_rows(lse), d_out_BRCV)
-    return dq, dk, dv, [packing.unfold_rows(x) for x in delta]
+    return dq, dk, dv, packing.unfold_rows(*delta) if by_token else None
 
 
 def _shares_memory(rows: int, K: int, V: int) -> bool:

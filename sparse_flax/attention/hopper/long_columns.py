@@ -32,7 +32,7 @@ def backward(
     strict: bool,
     by_token: bool,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array, list[jax.Array]]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """Do what `columns_backward` does, for R = 128, 192 or 256 and K = V = 64."""
     (B, R, C, K), dtype = q_BRCK.shape, q_BRCK.dtype
     group = C // k_BRCK.shape[2]
@@ -169,4 +169,4 @@ def backward(
         threads=2,
         interpret=interpret,
     )(q_BRCK, k_BRCK, v_BRCK, out_BRCK, packing.fold_rows(lse), d_out_BRCK)
-    return dq, dk, dv, [packing.unfold_rows(x) for x in delta]
+    return dq, dk, dv, packing.unfold_rows(*delta) if by_token else None

@@ -97,8 +97,9 @@ def attend(
     """Return out_BTHV in v's dtype; the arguments are what `supports` lets pass."""
     T, V = q_BTHK.shape[1], v_BTHV.shape[3]
     scale, q_BTHK = positive(scale, q_BTHK)
-    settings = {"scale": scale, "interpret": interpret, "union": False}
-    halves = Halves.of(pattern.parts(), T, **settings)
+    halves = Halves.of(
+        pattern.parts(), T, scale=scale, interpret=interpret, union=False
+    )
     args = _widened(q_BTHK, k_BTHK, v_BTHV)
     return attend_by(_forward, _backward, halves, *args)[..., :V]
 
@@ -191,7 +192,8 @@ def _backward(halves: Halves, q, k, v, out, lse, d_out):
                 by_token=halves.by_token,
                 **run,
             )
-            delta = delta[0][:, :, :T] if delta else None
+            if halves.by_token:
+                delta = delta[:, :, :T]
         else:
             if halves.by_token:
                 delta = row_products(out, d_out)
