@@ -139,10 +139,13 @@ def test_stops_when_told_and_says_so(copied, text):
     ours = EvalRun(tiny(text), str(copied), say=(lines := []).append)
     ours.stop.signal = "SIGINT"
     ours.follow()
-    assert lines[-1].startswith("stopped by SIGINT; ")
-    ours.run()
-    assert lines[-1].startswith("stopped by SIGINT; ")
+    assert lines[-1] == "stopped by SIGINT"
     assert not (copied / "eval.jsonl").exists()
+    (copied / "eval.jsonl").write_text("")
+    ours.run()
+    where = f"what was scored before is in {copied / 'eval.jsonl'}"
+    assert lines[-1] == f"stopped by SIGINT; {where}"
+    assert not (copied / "eval.jsonl").read_text()
 
 
 def test_a_row_after_a_torn_one_is_whole(copied, text):
