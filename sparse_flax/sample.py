@@ -27,6 +27,7 @@ class Given:
     prompts: list[bytes]
     count: int
     source: str = ""  # of what is given, for a person
+    fingerprint: str = ""  # of the data whose split it is from, if it is from any
     whole: np.ndarray | None = None  # uint8 [N, T], of which `prompts` is the beginning
 
 
@@ -73,7 +74,7 @@ def read_prompt_file(name: str, read: Any) -> Any:
         ) from error
 
 
-def held_out(config: ConfigDict, cut: int) -> tuple[np.ndarray, str]:
+def held_out(config: ConfigDict, cut: int) -> tuple[np.ndarray, str, str]:
     """Draw sample.number different pieces of the split that config.eval names.
 
     The first ones are the same however many are asked for.
@@ -83,7 +84,7 @@ def held_out(config: ConfigDict, cut: int) -> tuple[np.ndarray, str]:
       cut: bytes of each piece.
 
     Returns:
-      uint8 [N, cut], and where they come from.
+      uint8 [N, cut], where they come from, and the fingerprint of those data.
 
     Raises:
       UserError: the data cannot be had, or the split has fewer.
@@ -105,7 +106,8 @@ def held_out(config: ConfigDict, cut: int) -> tuple[np.ndarray, str]:
         )
     # The legacy generator, whose stream numpy has frozen.
     chosen = np.random.RandomState(0).permutation(len(data))[:number]
-    return np.asarray(data[chosen, :cut]), f"{splits.source}: {split}"
+    pieces = np.asarray(data[chosen, :cut])
+    return pieces, f"{splits.source}: {split}", splits.fingerprint
 
 
 def write_samples(

@@ -51,12 +51,12 @@ def given(config: ConfigDict, context: int) -> Given:
                 f"sample.prompt_file={options.prompt_file} {error}; give another file"
             ) from None
         whole = np.repeat(image.reshape(1, -1), options.number, axis=0)
-        source = options.prompt_file
+        source, digest = options.prompt_file, ""
     else:
-        whole, source = held_out(config, context)
+        whole, source, digest = held_out(config, context)
     first = options.rows * size * 3
     prompts = [row[:first].tobytes() for row in whole]
-    return Given(prompts, context - first, source, whole)
+    return Given(prompts, context - first, source, digest, whole)
 
 
 def write(config: ConfigDict, given: Given, sampled: list[bytes], folder: Path) -> str:

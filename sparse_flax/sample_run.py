@@ -84,6 +84,13 @@ class SampleRun:
         self.kind = KINDS[self.config.data.kind]
         with processes.first_before_the_rest():
             self.given = self.kind.given(self.config, self.model_config.context)
+        trained_on = self.saved.get("data", {}).get("fingerprint")
+        if trained_on and self.given.fingerprint not in ("", trained_on):
+            say(
+                f"NOTE: {self.given.source} is not of the bytes that "
+                f"{model or workdir} was trained with, and what is given here may "
+                "have been among those"
+            )
         digest = hashlib.sha256(b"".join(self.given.prompts)).hexdigest()
         processes.same_everywhere(digest, "other prompts")
         self.stop = StopRequest()
@@ -125,8 +132,10 @@ class SampleRun:
         finally:
             self.stop.ignore()
         if self.stop:
-            self.say(f"stopped by {self.stop.signal}")
-            if not any(sampled):  # what an earlier call wrote is worth more
+            done = len(sampled[0])
+            so_far = f" after {done:,} of {self.given.count:,} bytes" if done else ""
+            self.say(f"stopped by {self.stop.signal}{so_far}")
+            if not done:  # what an earlier call wrote is worth more
                 return
         if not processes.is_first():
             return

@@ -126,6 +126,8 @@ def make_bad(folder):
     content = bytearray(record(folder / "month.flac", noise).read_bytes())
     content[21] = content[21] & 0xF0 | 0x8
     (folder / "month.flac").write_bytes(content)
+    content[21:26] = bytes([content[21] & 0xF0, 0, 0, 0, 0])
+    (folder / "piped.flac").write_bytes(content)
     return {
         "empty.wav": "is empty",
         "text.mp3": "is no recording that can be read (",
@@ -138,6 +140,7 @@ def make_bad(folder):
         "nan.wav": "has samples that are no numbers",
         "slow.wav": "says that it has 10 samples a second",
         "month.flac": "says that it lasts 795 hours",
+        "piped.flac": "does not say how long it is",
     }
 
 
@@ -166,6 +169,29 @@ def test_files_that_lie_are_left_out_counted_or_refused(tmp_path):
 def as_stored(samples):
     """Return samples as a WAV of 16 bits holds them."""
     return (np.rint(samples * 32767) / 32768).astype(np.float32)
+
+
+def test_what_came_out_of_a_pipe_or_an_old_encoder_is_read(tmp_path):
+    samples = tone(300, 3)
+    content = bytearray(record(tmp_path / "all" / "a.wav", samples).read_bytes())
+    content[4:8] = content[40:44] = b"\xff" * 4  # RIFF's size and that of data
+    (tmp_path / "all" / "a.wav").write_bytes(content)
+    found = load(tmp_path / "all", tmp_path)
+    np.testing.assert_array_equal(whole(found), mulaw_encode(as_stored(samples)))
+    assert "left out" not in found.notice
+    (tmp_path / "all" / "a.wav").unlink()
+    # An MP3 of one bit rate without its first frame, which says how many follow.
+    mp3 = tmp_path / "all" / "a.mp3"
+    record(mp3, samples, 44_100, bitrate_mode="CONSTANT", compression_level=0.5)
+    content = mp3.read_bytes()
+    second = content.index(content[:2], 4)
+    id3 = b"ID3\x04\0\0\0\0\x02\x08" + bytes(2 * 128 + 8)
+    mp3.write_bytes(id3 + content[second:])
+    found = load(tmp_path / "all", tmp_path, bad_files="refuse")
+    assert len(whole(found)) == pytest.approx(len(samples) * RATE / 44_100, rel=0.1)
+    assert "1 recordings are MP3s that do not say how long they are" in found.notice
+    mp3.write_bytes(id3 + content)
+    assert "MP3s" not in load(tmp_path / "all", tmp_path).notice
 
 
 # --- a folder
@@ -222,6 +248,11 @@ def test_sub_folders_are_splits(tmp_path):
     for i, split in enumerate(("train", "validation", "test")):
         assert set(getattr(found, split)) == {mulaw_encode(np.float32(i / 5)).item()}
     assert found.notice == ""
+    for split in ("train", "test"):
+        (tmp_path / "three" / split / "b.wav").touch()
+    (tmp_path / "three" / "test" / "a.wav").unlink()
+    said = "no audio for test that can be read (test/b.wav is empty); give better"
+    sentence(lambda: load(tmp_path / "three", tmp_path), said)
 
 
 # --- training

@@ -1,6 +1,7 @@
 """Exported models: written small, read back, and sampled as text, images and audio."""
 
 import json
+import shutil
 import wave
 
 import jax
@@ -10,8 +11,9 @@ from conftest import noisy_model
 from PIL import Image
 
 from sparse_flax import config as config_lib
-from sparse_flax import exported
+from sparse_flax import exported, generate
 from sparse_flax.config_checks import finalize
+from sparse_flax.data import sources
 from sparse_flax.errors import UserError
 from sparse_flax.sample_images import MARK, UNKNOWN, make_sheet
 from sparse_flax.sample_run import SampleRun
@@ -38,7 +40,8 @@ def exported_model(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / request.param
     config, _ = finalize(tiny(request.param))
     model = noisy_model(config_lib.model_config(config))
-    exported.save(folder, jax.tree.map(jax.numpy.asarray, model), config, {"step": 7})
+    about = {"step": 7, "data": {"fingerprint": "of other data"}}
+    exported.save(folder, jax.tree.map(jax.numpy.asarray, model), config, about)
     return request.param, folder
 
 
@@ -112,6 +115,28 @@ def test_stopped_before_the_first_byte_it_writes_nothing(exported_model, tmp_pat
     assert lines[-1] == "stopped by SIGTERM" and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("exported_model", ["text"], indirect=True)
+def test_stopped_later_it_writes_what_there_is_and_says_how_much(
+    exported_model, tmp_path, monkeypatch
+):
+    _, folder = exported_model
+    config = get_config(f"model:{folder}")
+    config.sample.count = 9
+    monkeypatch.setattr("sparse_flax.generate.BYTES_PER_CALL", 4)
+    run = SampleRun(config, str(tmp_path), model=str(folder), say=(lines := []).append)
+    sample = generate._sample
+
+    def stopped_meanwhile(*args, **options):
+        run.stop.signal = "SIGINT"
+        return sample(*args, **options)
+
+    stopped_meanwhile.lower = sample.lower
+    monkeypatch.setattr("sparse_flax.generate._sample", stopped_meanwhile)
+    run.run()
+    assert "stopped by SIGINT after 4 of 9 bytes" in lines
+    assert len((tmp_path / "generated.txt").read_bytes()) == 4
+
+
 def test_what_belongs_to_another_kind_is_a_sentence(exported_model, tmp_path):
     kind, folder = exported_model
     for of, name, value in (
@@ -177,6 +202,18 @@ def test_audio_goes_on_from_what_is_given(exported_model, tmp_path):
     lines = sampled(folder, tmp_path / "out", **data | two)
     assert "1.00 s given, sampled to 2.50 s" in lines[-2] and "test" in lines[-1]
     assert levels(tmp_path / "out" / "generated-1.wav").size == 40
+    # Held out of other data may have been trained on.
+    note = "long.wav (1 recordings, 1.7 minutes at 16 Hz): test is not of the bytes"
+    assert note in "\n".join(lines)
+    same = shutil.copytree(folder, tmp_path / "same")
+    config = config_lib.defaults().data
+    config.update(name="audio", kind="audio", rate=RATE)
+    config.update(path=data["data__path"], folder=data["data__folder"])
+    digest = sources.load(config).fingerprint
+    text = (same / "config.json").read_text()
+    (same / "config.json").write_text(text.replace("of other data", digest))
+    lines = sampled(same, tmp_path / "out", **data | two)
+    assert "NOTE" not in "\n".join(lines) and "(step 7)" in lines[0]
     # What is too short to be one sample is not taken for 0, all that fits.
     sampled(folder, tmp_path / "tiny", sample__seconds=1e-4)
     assert levels(tmp_path / "tiny" / "generated-1.wav").size == 1

@@ -12,6 +12,7 @@ the last 5% test. Sub-folders train, validation and test go before both.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,13 @@ LONGEST = 100 * 3600  # seconds: what says that it is longer is taken for a mist
 RATES = (1_000, 768_000)  # samples a second of what is read
 _CLIPPED = 0.01  # of the samples: more is taken for another scale than [-1, 1]
 _BLOCK = 1 << 18  # samples read at a time
+_PIPED = 2**32 - 1  # bytes of a WAV, says a program that writes one into a pipe
+_UNKNOWN = 2**62  # samples, or more: libsndfile's for a FLAC that was piped
+_FIRST_FRAME = 1 << 12  # bytes of an MP3 in which the first frame is, padding before it
+_LENGTH_GUESSED = (
+    "are MP3s that do not say how long they are: an estimate is read, and whether they "
+    "are whole is not known"
+)
 _MU = 255.0
 
 
@@ -99,7 +107,7 @@ def load(path: str, data_folder: str, rate: int, bad_files: str = "skip") -> Spl
     def convert(file: Path, split: str, store: Store) -> list[str]:
         for part, levels in _levels(file, rate, split, cut):
             store.write(part, levels)
-        return []
+        return [] if _says_its_length(file) else [_LENGTH_GUESSED]
 
     parts, about = folder.read(
         root,
@@ -172,7 +180,7 @@ def _resampled(path: Path, rate: int) -> Iterator[tuple[int, np.ndarray]]:
                 yield total, samples
                 if last:
                     break
-            if done != file.frames:
+            if done != file.frames and _says_its_length(path):
                 raise BadFileError(
                     f"ends after {done:,} of {file.frames:,} samples; it is damaged"
                 )
@@ -190,6 +198,24 @@ def _resampled(path: Path, rate: int) -> Iterator[tuple[int, np.ndarray]]:
         ) from None
 
 
+def _says_its_length(path: Path) -> bool:
+    """Whether it is not one of the MP3s without that, of some encoders and of radios.
+
+    Of those libsndfile estimates it, from the size of the file and the first bit rate.
+    """
+    if path.suffix.lower() != ".mp3":
+        return True
+    with path.open("rb") as file:
+        start = file.read(10)
+        if start[:3] == b"ID3":  # whose size is written in 7 bits of each byte
+            size = functools.reduce(lambda n, byte: n << 7 | byte, start[6:], 0)
+            file.seek(10 + size)
+        else:
+            file.seek(0)
+        first_frame = file.read(_FIRST_FRAME)
+    return any(tag in first_frame for tag in (b"Xing", b"Info", b"VBRI"))
+
+
 def _check(file: soundfile.SoundFile) -> None:
     """Refuse what says, or shows, that it is not all there or not to be believed."""
     # libsndfile reads what is left of a file cut short, and says so only in its log.
@@ -197,10 +223,13 @@ def _check(file: soundfile.SoundFile) -> None:
     cut_short = re.search(r"^data\s*: (\d+) \(should be (\d+)\)", log, re.MULTILINE)
     if "lacks an end-of-stream bit" in log:
         raise BadFileError("ends in the middle; it is damaged")
-    if cut_short and int(cut_short[1]) > int(cut_short[2]):
+    sizes = [int(size) for size in cut_short.groups()] if cut_short else [0, 0]
+    if sizes[0] > sizes[1] and sizes[0] != _PIPED:
         raise BadFileError("is shorter than its header says; it is damaged")
     if not file.frames:
         raise BadFileError("holds no samples")
+    if file.frames >= _UNKNOWN:
+        raise BadFileError("does not say how long it is; convert it once more")
     if not RATES[0] <= file.samplerate <= RATES[1]:
         raise BadFileError(f"says that it has {file.samplerate:,} samples a second")
     if file.frames > LONGEST * file.samplerate:

@@ -31,7 +31,7 @@ SUBFOLDERS = {
     "test": ("test",),
 }
 HELD_OUT = {name for split in SPLITS[1:] for name in SUBFOLDERS[split]}
-_FORMAT = 1  # of the cache: another number makes all of it again
+_FORMAT = 2  # of the cache: another number makes all of it again
 _SHOWN = 20_000_000  # bytes that take so long to read that progress is shown
 
 
@@ -169,7 +169,8 @@ def read(
 
     Returns:
       uint8 [N] of train, validation and test, mapped from disk, and a record:
-      'left_out', a list of sentences, and 'remarks', how many files each is of.
+      'left_out', pairs of a split and what is wrong with a file of it, 'remarks', how
+      many files each is of, and 'file', where all of this is written.
 
     Raises:
       UserError: a bad file is refused, a split has no good one, or the cache cannot be
@@ -188,7 +189,7 @@ def read(
                     for remark in convert(file, split, store):
                         remarks[remark] = remarks.get(remark, 0) + 1
             except BadFileError as error:
-                left_out.append(f"{file.relative_to(root)} {error}")
+                left_out.append([split, f"{file.relative_to(root)} {error}"])
                 _refuse(left_out, bad_files)
             if shown:
                 progress.advance(file.stat().st_size)
@@ -210,7 +211,9 @@ def read(
     _refuse(about["left_out"], bad_files)
     for split, array in zip(SPLITS, arrays, strict=True):
         if not array.size:
-            told = "; ".join(about["left_out"][:3])
+            of_it = [said for part, said in about["left_out"] if part == split]
+            of_all = [said for _, said in about["left_out"]]
+            told = "; ".join((of_it or of_all)[:3])
             raise UserError(
                 f"{root} has no {kind} for {split} that can be read"
                 + (f" ({told}); give better files" if told else "; give more")
@@ -218,10 +221,10 @@ def read(
     return arrays, about
 
 
-def _refuse(left_out: list[str], bad_files: str) -> None:
+def _refuse(left_out: list[list[str]], bad_files: str) -> None:
     if left_out and bad_files == "refuse":
         raise UserError(
-            f"{left_out[0]}; put it right or take it away, or leave such files out "
+            f"{left_out[0][1]}; put it right or take it away, or leave such files out "
             "with --config.data.bad_files=skip"
         )
 
@@ -230,10 +233,10 @@ def notice(about: dict[str, Any], kind: str, total: int, others: int) -> str:
     """Say what the record of `read` says, in a sentence; '' if all is well."""
     said = []
     if left := about["left_out"]:
-        more = f"; and {len(left) - 5:,} more" if len(left) > 5 else ""
+        more = f"; all are named in {about['file']}" if len(left) > 5 else ""
         said.append(
             f"{len(left):,} of {total:,} files are left out: "
-            + "; ".join(left[:5])
+            + "; ".join(sentence for _, sentence in left[:5])
             + more
         )
     said += [f"{count:,} {kind} {remark}" for remark, count in about["remarks"].items()]
@@ -304,4 +307,4 @@ def _open(root: Path) -> tuple[list[np.ndarray], dict[str, Any]] | None:
         ]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return arrays, about
+    return arrays, about | {"file": str(root / "about.json")}

@@ -81,7 +81,7 @@ def _held_out(config: ConfigDict, data: str, piece: int) -> tuple[np.ndarray, st
     config.sample.number, config.eval.split = piece, "validation"
     config.data.path = data or config.data.path
     try:
-        pieces, source = held_out(config, config.model.context)
+        pieces, source, _ = held_out(config, config.model.context)
     except UserError as error:  # Our flags have other names than the trainer's.
         words = {
             r"(--config\.)?\bdata\.path=": "--data=",
