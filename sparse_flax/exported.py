@@ -28,9 +28,8 @@ from sparse_flax.config_checks import finalize
 from sparse_flax.errors import UserError
 from sparse_flax.integrity import named_leaves
 from sparse_flax.model import ModelConfig, SparseTransformer
-from sparse_flax.workdir import read_record, write_atomically, writing
+from sparse_flax.workdir import MODEL, read_record, write_atomically, writing
 
-FORMAT = "sparse_flax model"
 # Where the data lie and what they are computed on is the business of whoever samples.
 ELSEWHERE = ("data.path", "data.folder", "model.attention", "mesh")
 
@@ -62,7 +61,7 @@ def save(
         if name.startswith(ELSEWHERE):
             kept[name] = defaults[name]
     record = {
-        "format": FORMAT,
+        "format": MODEL,
         "version": __version__,
         **about,
         "sha256": hashlib.sha256(weights).hexdigest(),
@@ -83,7 +82,7 @@ def record(folder: Path) -> dict[str, Any]:
     Raises:
       UserError: there is no model in the folder.
     """
-    found = read_record(folder / "config.json", FORMAT, {"sha256", "config", "step"})
+    found = read_record(folder / "config.json", MODEL, {"sha256", "config", "step"})
     if found is None:
         raise UserError(
             f"--model={folder} holds no exported model (no config.json); write one "

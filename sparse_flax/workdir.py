@@ -33,7 +33,8 @@ from sparse_flax import config as config_lib
 from sparse_flax.data.bytes import Splits
 from sparse_flax.errors import UserError
 
-FORMAT = "sparse_flax run"
+RUN, MODEL = "sparse_flax run", "sparse_flax model"  # formats of a config.json
+NAMED_BY = {RUN: "--workdir", MODEL: "--model in --mode=sample"}
 TOKEN = "seen-by-all"  # lies there for a moment at the start of several processes
 SEEN_WITHIN = 10  # seconds
 
@@ -87,7 +88,7 @@ class RunFolder:
 
     def saved(self) -> dict[str, Any] | None:
         """Return what `WorkDir.save_config` wrote; None if nothing yet."""
-        return read_record(self.path / "config.json", FORMAT, {"data", "config"})
+        return read_record(self.path / "config.json", RUN, {"data", "config"})
 
 
 class WorkDir(RunFolder):
@@ -175,7 +176,7 @@ class WorkDir(RunFolder):
         if not processes.is_first():
             return
         record = {
-            "format": FORMAT,
+            "format": RUN,
             "version": __version__,
             "data": identity(splits),
             "config": config.to_dict(),
@@ -220,8 +221,14 @@ def read_record(path: Path, format: str, keys: set[str]) -> dict[str, Any] | Non
         dicts = all(isinstance(record[key], dict) for key in keys & {"config", "data"})
         if record["format"] == format and keys <= record.keys() and dicts:
             return record
+        other = NAMED_BY.get(record["format"], "")
     except (ValueError, KeyError, TypeError):
-        pass
+        other = ""
+    if other and NAMED_BY[format] != other:
+        raise UserError(
+            f"{path.parent} holds a {record['format']}, which {other} names, and a "
+            f"{format} is wanted here, which {NAMED_BY[format]} names"
+        )
     raise UserError(
         f"{path} is not the configuration of a {format}, or damaged; name the folder "
         "of one, or to write to an empty or a new folder"

@@ -261,6 +261,7 @@ def test_what_is_damaged_or_another_models_is_a_sentence(exported_model, tmp_pat
         ({"config": record["config"] | {"seed": "x"}}, "seed='x' .* is no int"),
         ({"config": []}, "is not the configuration of a sparse_flax model"),
         ({"step": None}, "is not the configuration of a sparse_flax model"),
+        ({"format": "sparse_flax run"}, "a sparse_flax run, which --workdir names"),
     ):
         damaged = {k: v for k, v in (record | damage).items() if v is not None}
         (broken / "config.json").write_text(json.dumps(damaged))

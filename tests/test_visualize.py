@@ -236,6 +236,7 @@ def test_masks_from_text_and_their_size():
     sentence(lambda: visualize.masks(["Local(3)"]), "'Local(3)' is no pattern")
     sentence(lambda: visualize.masks(()), "no pattern")
     sentence(lambda: visualize.masks(Dense(), 2000), "tokens=2000", "try 1024")
+    sentence(lambda: visualize.masks(Dense(), 0), "tokens=0", "try 2")
     sentence(lambda: visualize.masks(Dense(), heads=0), "heads=0", "try 1")
 
 
@@ -338,6 +339,7 @@ def test_the_command_looks_at_what_is_given(exported_model, tmp_path, capsys):
     sentence(look(f"--file={given}", "--layers=1"), "layer 1 is outside", "try 0")
     sentence(look(f"--file={given}", "--heads=a"), "--heads=a is not readable")
     sentence(look(f"--data={root / 'data'}", "--piece=0"), "--piece=0", "try 1")
+    sentence(look(f"--file={given}", "--shown=0"), "shown=0 must", "try 1024")
     sentence(look(f"--data={root / 'data'}", "--piece=9999"), "--piece=9999", "try --p")
     if kind != "text":
         sentence(look("--text=a"), "--text is for models of text")

@@ -53,8 +53,9 @@ def attention(
         kind = "image" if np.ndim(content) == 3 else "text"
     if kind not in KINDS:
         raise UserError(f"kind={kind!r} must be one of {', '.join(map(repr, KINDS))}")
-    if rate < 1 or shown < 1:
-        raise UserError(f"rate={rate} and shown={shown} must be at least 1; try 1024")
+    for name, value, usual in (("rate", rate, 12_000), ("shown", shown, 1024)):
+        if value < 1:
+            raise UserError(f"{name}={value} must be at least 1; try {usual}")
     position = _position(content, position, kind)
     config = model.config
     layers = _some(rows.numbers("layer", layers, config.layers), layers)

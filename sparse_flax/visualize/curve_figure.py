@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from sparse_flax.errors import UserError
 from sparse_flax.evaluate import UNITS
 from sparse_flax.metrics import draw_rows, read_rows
-from sparse_flax.workdir import FORMAT, read_record
+from sparse_flax.workdir import RUN, read_record
 
 # Told apart also by most of those who see fewer colors (Okabe and Ito, 2008).
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
@@ -90,5 +90,5 @@ def _named(runs: Runs) -> dict[str, Path]:
 
 def _unit(folder: Path) -> str | None:
     """Return what the bits of a run are counted by, if its configuration is there."""
-    saved = read_record(folder / "config.json", FORMAT, {"data", "config"})
+    saved = read_record(folder / "config.json", RUN, {"data", "config"})
     return UNITS.get(saved["config"]["data"].get("kind")) if saved else None

@@ -43,7 +43,7 @@ def masks(
       UserError: the text is no pattern, or a number is out of its range.
     """
     cycle = as_cycle(patterns)
-    tokens = tokens or default_tokens(cycle)
+    tokens = default_tokens(cycle) if tokens is None else tokens
     if not 2 <= tokens <= MOST_TOKENS:
         raise UserError(
             f"tokens={tokens} must be from 2 to {MOST_TOKENS}, as a mask has the "

@@ -87,6 +87,7 @@ def _held_out(config: ConfigDict, data: str, piece: int) -> tuple[np.ndarray, st
             r"(--config\.)?\bdata\.path=": "--data=",
             r"\bsample\.number=": "--piece=",
             r"\bsample\.prompt_file\b": "--file",
+            r"use data\.name='bytes' to .*": "leave --data out, or give a --file",
         }
         sentence = str(error)
         for theirs, ours in words.items():
