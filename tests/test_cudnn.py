@@ -112,6 +112,19 @@ def test_equals_the_mask(pattern, shape):
     assert_close(got, by_hand(*args[:3], pattern, args[3]), 2e-5)
 
 
+def test_a_second_derivative_is_refused_in_a_sentence():
+    q, k, v, _ = inputs((1, 9, 1, 1, 4, 4), 1)
+    run = plain(Strided(3), 0.5)
+
+    def gradient(q):
+        return jax.grad(lambda q: run(q, k, v).sum())(q)
+
+    gradient(q)
+    for twice in (jax.jacfwd(gradient), jax.grad(lambda q: gradient(q).sum())):
+        with pytest.raises(NotImplementedError, match="pass implementation='gathered'"):
+            twice(q)
+
+
 @pytest.mark.parametrize("pattern", [Strided(5), Fixed(3, 2)], ids=str)
 @pytest.mark.parametrize("T", [1, 4, 7, 13, 22, 39])
 def test_pieces_are_disjoint_and_make_up_the_mask(pattern, T):

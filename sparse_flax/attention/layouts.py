@@ -37,21 +37,35 @@ def attend_by(forward, backward, plan, q, k, v):
       plan: hashable; what is attended to, and how.
     """
     del backward
-    return over_batch(functools.partial(forward, plan), q, k, v)[0]
+    return over_batch(_once(functools.partial(forward, plan)), q, k, v)[0]
 
 
 def _attend_forward(forward, backward, plan, q, k, v):
     del backward
-    out, lse = _kept(*over_batch(functools.partial(forward, plan), q, k, v))
+    out, lse = _kept(*over_batch(_once(functools.partial(forward, plan)), q, k, v))
     return out, (q, k, v, out, lse)
 
 
 def _attend_backward(forward, backward, plan, residuals, d_out):
     del forward
-    return over_batch(functools.partial(backward, plan), *residuals, d_out)
+    return over_batch(_once(functools.partial(backward, plan)), *residuals, d_out)
 
 
 attend_by.defvjp(_attend_forward, _attend_backward)
+
+
+def _once(run):
+    """Refuse to differentiate run, which is what a second derivative would do."""
+    once = jax.custom_jvp(run)
+
+    @once.defjvp
+    def _(primals, tangents):
+        raise NotImplementedError(
+            "the kernels of hopper and cudnn have a first derivative, in reverse mode; "
+            "for others pass implementation='gathered'"
+        )
+
+    return once
 
 
 def spec_of(x: jax.Array) -> tuple:
