@@ -20,7 +20,8 @@ first call.
     fixed_backward.py    its gradient: of the summaries, then of the blocks
     fixed_walk.py        the walk over the summaries
     ring.py              the ring of buffers that those of fixed and spans go through
-    steps.py             what one tile adds on a walk
+    softmax.py           what a tile of keys adds to 64 queries
+    steps.py             what a tile adds to gradients on a walk
     tiles.py             what all kernels share
 """
 

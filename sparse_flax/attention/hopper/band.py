@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparse_flax.attention.hopper import tiles
+from sparse_flax.attention.hopper.softmax import Softmax
 from sparse_flax.attention.hopper.tiles import LAYOUT, LOG2E, M
 
 
@@ -92,6 +93,7 @@ def forward(
     group = H // k_BTHK.shape[2]
     back = chunks_before(window)
     warpgroups, at_once = settings(window, K, V)
+    softmax = Softmax(V, scale, dtype, interpret)
     loaded = back + warpgroups
 
     def body(q, k, v, *refs):
@@ -121,10 +123,10 @@ def forward(
             l = tiles.load_rows(lse1.at[b, h, rows])
             plgpu.barrier_wait(q_bar.at[w])
             x = plgpu.load(os, layout=LAYOUT).astype(jnp.float32)
-            softmax = tiles.Softmax(V, scale, x, l)
+            state = softmax.after(x, l)
         else:
             plgpu.barrier_wait(q_bar.at[w])
-            softmax = tiles.Softmax(V, scale)
+            state = None
         plgpu.barrier_wait(k_bar)
 
         def values(i):
@@ -159,14 +161,13 @@ def forward(
             found = iter(
                 tiles.multiply(*((qs, ks.at[i + w].transpose((1, 0))) for i in chunks))
             )
-            softmax.add(
+            state = softmax.add(
+                state,
                 [score(*(next(found) for _ in tile)) for tile, score, _ in some],
                 [products for _, _, products in some],
-                dtype,
-                interpret,
                 (lambda: plgpu.barrier_wait(v_bar)) if at == 0 else None,
             )
-        os[...], lse[b, h, pl.ds(mine, M)] = softmax.finish(dtype)
+        os[...], lse[b, h, pl.ds(mine, M)] = softmax.finish(state)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(os, out.at[b, pl.ds(mine, M), h])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparse_flax.attention.hopper import tiles
+from sparse_flax.attention.hopper.softmax import Softmax
 from sparse_flax.attention.hopper.tiles import M
 from sparse_flax.attention.layouts import fit
 
@@ -126,6 +127,7 @@ def forward(
     last_first = tiles.tiles_of(rows)[::-1]
     # Then a finished tile leaves at once, through its own rows of q's buffer.
     early = rows % M == 0 and K == V and packing.filled == rows
+    softmax = Softmax(V, scale, dtype, interpret)
 
     def body(q, k, v, out, lse, qs, ks, vs, qk_bar, v_bar):
         b, w = lax.axis_index("b"), lax.axis_index("warpgroup")
@@ -152,7 +154,7 @@ def forward(
             while new < row + M:
                 pairs.append((min(new, row), new))
                 new = pairs[-1][0] + M
-            softmax = tiles.Softmax(V, scale)
+            state = None
             for at in range(0, len(pairs), 2):
                 some = pairs[at : at + 2]
                 queries = qs.at[pl.ds(row, M)]
@@ -167,14 +169,13 @@ def forward(
                     lambda p, j=j: [(p, lambda: vs.at[pl.ds(j, M)])] for j, _ in some
                 ]
                 wait = wait_for_v and at == 0
-                softmax.add(
+                state = softmax.add(
+                    state,
                     scores,
                     products,
-                    dtype,
-                    interpret,
                     (lambda: plgpu.barrier_wait(v_bar.at[w])) if wait else None,
                 )
-            return softmax.finish(dtype)
+            return softmax.finish(state)
 
         if early:
             for n, (row, _) in enumerate(last_first):

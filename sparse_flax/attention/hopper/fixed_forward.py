@@ -6,18 +6,17 @@ earlier blocks in tiles; then the own block.
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from sparse_flax.attention.hopper import steps, tiles
+from sparse_flax.attention.hopper import tiles
 from sparse_flax.attention.hopper.fixed_walk import Walk, copy_summaries
 from sparse_flax.attention.hopper.ring import Cut, ring
-from sparse_flax.attention.hopper.tiles import LOG2E, M
+from sparse_flax.attention.hopper.softmax import Softmax
+from sparse_flax.attention.hopper.tiles import M
 
 
 def forward(q_BTHK, k_BTHK, v_BTHK, walk: Walk, scale, cut: Cut, interpret=False):
@@ -29,7 +28,7 @@ def forward(q_BTHK, k_BTHK, v_BTHK, walk: Walk, scale, cut: Cut, interpret=False
     # Tiles of the own blocks of a thread block's rows, which may begin inside a block.
     own = max(S, Q) // M
     pieces = N // walk.piece(N)
-    factor = scale * LOG2E
+    softmax = Softmax(K, scale, dtype, interpret)
 
     def body(q, k, v, out, lse, qs, own_k, own_v, ks, vs, q_bar, own_bar, full, free):
         b, h, w = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
@@ -56,9 +55,6 @@ def forward(q_BTHK, k_BTHK, v_BTHK, walk: Walk, scale, cut: Cut, interpret=False
 
         plgpu.barrier_wait(q_bar.at[w])
         queries = qs.at[w]
-        attend = functools.partial(
-            steps.attend, factor=factor, dtype=dtype, interpret=interpret
-        )
 
         def summaries(masked):
             def use(j, buffer, carry):
@@ -70,7 +66,7 @@ def forward(q_BTHK, k_BTHK, v_BTHK, walk: Walk, scale, cut: Cut, interpret=False
                     )
 
                 keys, values = ks.at[buffer], lambda: vs.at[buffer]
-                return attend(carry, queries, keys, values, mask)
+                return softmax.add_tile(carry, queries, keys, values, mask)
 
             return use
 
@@ -81,18 +77,17 @@ def forward(q_BTHK, k_BTHK, v_BTHK, walk: Walk, scale, cut: Cut, interpret=False
                 return jnp.where(i == j if walk.self_only else i >= j, s, -jnp.inf)
 
             keys, values = own_k.at[a], lambda: own_v.at[a]
-            return attend(carry, queries, keys, values, mask)
+            return softmax.add_tile(carry, queries, keys, values, mask)
 
-        carry = steps.nothing_yet(K)
+        carry = softmax.start()
         if C:
             carry = over_slots(0, whole, summaries(masked=False), carry)
             carry = over_slots(whole, total, summaries(masked=True), carry)
         plgpu.barrier_wait(own_bar)
         place = lax.div(row - first * S, M)
         since = place if walk.self_only else lax.div((mine - first) * S, M)
-        acc, top, total_p = lax.fori_loop(since, place + 1, own_block, carry)
-        lse[b, h, pl.ds(row, M)] = (top + jnp.log2(total_p)) * (1 / LOG2E)
-        qs[w] = (acc * tiles.per_row(1 / total_p, acc)).astype(dtype)
+        carry = lax.fori_loop(since, place + 1, own_block, carry)
+        qs[w], lse[b, h, pl.ds(row, M)] = softmax.finish(carry)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(qs.at[w], out.at[b, pl.ds(row, M), h])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -12,10 +12,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from sparse_flax.attention.hopper import steps, tiles
+from sparse_flax.attention.hopper import tiles
 from sparse_flax.attention.hopper.ring import Cut
+from sparse_flax.attention.hopper.softmax import Softmax
 from sparse_flax.attention.hopper.spans import Grid, Span, Walk
-from sparse_flax.attention.hopper.tiles import LAYOUT, LOG2E, M
+from sparse_flax.attention.hopper.tiles import LAYOUT, M
 
 
 def cut_of(K: int, V: int) -> Cut:
@@ -44,7 +45,7 @@ def forward(
     W, N = cut.warpgroups, cut.columns
     grid = Grid(B, T, H, cut)
     piece = N if T % N == 0 else M
-    factor = scale * LOG2E
+    softmax = Softmax(V, scale, dtype, interpret)
 
     def body(q, k, v, *refs):
         (out1, lse1), refs = (refs[:2], refs[2:]) if init else ((None, None), refs)
@@ -70,19 +71,16 @@ def forward(
             plgpu.copy_gmem_to_smem(out1.at[b, here, h], os, q_bar.at[w])
             l = tiles.load_rows(lse1.at[b, h, here])
         plgpu.barrier_wait(q_bar.at[w])
-        carry = steps.nothing_yet(V)
+        carry = softmax.start()
         if init:
             x = plgpu.load(os, layout=LAYOUT).astype(jnp.float32)
-            top = jnp.maximum(l * LOG2E, tiles.LOWEST)
-            carry = x, top, jnp.ones_like(top)
+            carry = softmax.after(x, l)
 
         def use(buffer, mask, carry):
             keys, values = ks.at[buffer], lambda: vs.at[buffer]
-            return steps.attend(
-                carry, queries, keys, values, mask, factor, dtype, interpret
-            )
+            return softmax.add_tile(carry, queries, keys, values, mask)
 
-        x, y = steps.finish(walk.over(use, carry), dtype)
+        x, y = softmax.finish(walk.over(use, carry))
         os[...] = x
         plgpu.commit_smem()
 

@@ -1,7 +1,4 @@
-"""What one tile of keys, or of queries, adds on a walk: the inner loops.
-
-For loops that are loops in the kernel, too, whose state is a carry; `tiles` has the
-like for loops that Python unrolls.
+"""What one tile of keys, or of queries, adds to gradients on a walk: the inner loops.
 
 The masks come before the scale, which must be above 0: then the scale and the
 subtraction after it are one instruction.
@@ -9,46 +6,11 @@ subtraction after it are one instruction.
 
 from __future__ import annotations
 
-import functools
-
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparse_flax.attention.hopper import tiles
-from sparse_flax.attention.hopper.tiles import EMPTY, LAYOUT, LOG2E, LOWEST, M
-
-
-def nothing_yet(values_width):
-    """The state of a softmax before its first key: sum, largest score, weight."""
-    row_vector = functools.partial(jnp.full, (M,), dtype=jnp.float32)
-    top, total = (
-        plgpu.layout_cast(row_vector(x), LAYOUT.reduce(1)) for x in (LOWEST, 0.0)
-    )
-    return tiles.zeros(M, values_width), top, total
-
-
-def attend(carry, queries, keys, values, mask, factor, dtype, interpret):
-    """Take a tile of keys, in shared memory, into the softmax of 64 queries."""
-    acc, top, total = carry
-    (s,) = tiles.multiply((queries, keys.transpose((1, 0))))
-    s = mask(s)
-    new = jnp.maximum(top, s.max(axis=1) * factor)
-    shrink = jnp.exp2(top - new)
-    p = jnp.exp2(s * factor - tiles.per_row(new, s))
-    total = total * shrink + p.sum(axis=1)
-    acc = acc * tiles.per_row(shrink, acc)
-    pairs = [(0, p.astype(dtype), values)]
-    (acc,) = tiles.accumulate((acc,), pairs, interpret)
-    return acc, new, total
-
-
-def finish(carry, dtype):
-    """Return (out, natural log-sum-exp); out 0 and EMPTY for a row without keys."""
-    acc, top, total = carry
-    some = total > 0
-    total = jnp.where(some, total, 1.0)
-    lse = (jnp.where(some, top, EMPTY) + jnp.log2(total)) * (1 / LOG2E)
-    return (acc * tiles.per_row(1 / total, acc)).astype(dtype), lse
+from sparse_flax.attention.hopper.tiles import LAYOUT, LOG2E
 
 
 def add_query_gradients(acc, own, others, mask, factor, dtype, interpret):

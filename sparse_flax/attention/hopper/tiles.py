@@ -1,13 +1,11 @@
 """What the kernels share: 64-row tiles, matrix products, masks, and the launch.
 
 A kernel's block is one to four warpgroups. Operands come by TMA copies into swizzled
-shared memory, products are `wgmma`s over tiles of 64 rows, and the softmax runs in
-registers in powers of two.
+shared memory, and products are `wgmma`s over tiles of 64 rows.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -24,11 +22,6 @@ M = 64  # rows of one wgmma, and the least contraction under a 128-byte swizzle
 NARROW = 32  # the least width of a head: the contraction under a 64-byte swizzle
 SHARED_MEMORY = 227 * 1024  # bytes that one block may have on Hopper
 
-# Stands for the log-sum-exp of a row without keys: minus infinity would give NaN.
-EMPTY = -1e30
-# Below every score and far above -inf: differences of it stay finite, so that no row
-# sum, rescaling or contracted multiply-add makes a NaN.
-LOWEST = -1e20
 LAYOUT = plgpu.Layout.WGMMA
 
 
@@ -226,62 +219,6 @@ def tiles_of(rows: int) -> list[tuple[int, int]]:
     and no shared memory for it.
     """
     return [(min(row, rows - M), row) for row in range(0, rows, M)]
-
-
-class Softmax:
-    """A softmax over keys that come in pieces, for 64 query rows, in registers.
-
-    Scores come unscaled, and the scale must be above 0: the largest is then found
-    before it, and scale and subtraction are one instruction. `maximum` is in powers of
-    two; start from another part's (out, log-sum-exp), or from nothing.
-    """
-
-    def __init__(self, values_width: int, scale: float, out=None, lse=None):
-        self.width = values_width
-        self.factor = scale * LOG2E
-        self.out = out
-        self.maximum = self.total = None
-        if lse is not None:
-            # EMPTY * LOG2E - maximum may be contracted to a multiply-add, whose
-            # rounding residue (1e22) would make exp2 infinite: keep EMPTY away.
-            self.maximum = jnp.maximum(lse * LOG2E, LOWEST)
-            self.total = jnp.ones_like(self.maximum)
-
-    def add(self, scores, products, dtype, interpret, before_values=None):
-        """Take in score tiles [64, 64], -inf where a key is not seen.
-
-        products: of each tile, a function from its weights to (weights, values) pairs:
-        what is to be multiplied, values() in shared memory.
-        """
-        top = functools.reduce(jnp.maximum, [s.max(axis=1) for s in scores])
-        top = top * self.factor
-        if self.maximum is None:
-            top = jnp.maximum(top, LOWEST)
-            self.total, self.out = jnp.zeros_like(top), zeros(M, self.width)
-        else:
-            top = jnp.maximum(self.maximum, top)
-            shrink = jnp.exp2(self.maximum - top)
-            self.total = self.total * shrink
-            self.out = self.out * per_row(shrink, self.out)
-        self.maximum = top
-        weights = [jnp.exp2(s * self.factor - per_row(top, s)) for s in scores]
-        for w in weights:
-            self.total = self.total + w.sum(axis=1)
-        pairs = [
-            (0, part.astype(dtype), values)
-            for w, parts in zip(weights, products, strict=True)
-            for part, values in parts(w)
-        ]
-        if before_values is not None:
-            before_values()
-        (self.out,) = accumulate((self.out,), pairs, interpret)
-
-    def finish(self, dtype):
-        """Return (out, natural log-sum-exp); out 0 and EMPTY for a row without keys."""
-        some = self.total > 0
-        total = jnp.where(some, self.total, 1.0)
-        lse = (jnp.where(some, self.maximum, EMPTY) + jnp.log2(total)) * (1 / LOG2E)
-        return (self.out / per_row(total, self.out)).astype(dtype), lse
 
 
 def launch(body, *, out, scratch, grid, threads, interpret, name):
