@@ -283,6 +283,19 @@ def test_vmap():
     )
 
 
+@pytest.mark.parametrize("pattern", [Strided(4), Fixed(4, 2)], ids=str)
+def test_runs_where_a_caller_forbids_rank_promotion(pattern):
+    q, k, v, d_out = inputs((1, 11, 2, 1, 4, 4))
+
+    def gradient(run):
+        return jax.grad(lambda q: jnp.sum(run(q, k, v) * d_out))(q)
+
+    usual = gradient(functools.partial(sparse_attention, pattern=pattern))
+    with jax.numpy_rank_promotion("raise"):
+        same = gradient(functools.partial(sparse_attention, pattern=pattern))
+    np.testing.assert_array_equal(usual, same)
+
+
 def test_scale_is_used():
     q, k, v, _ = inputs((1, 9, 1, 1, 4, 4))
     a = sparse_attention(q, k, v, Local(3), scale=0.25)

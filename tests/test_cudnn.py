@@ -112,6 +112,16 @@ def test_equals_the_mask(pattern, shape):
     assert_close(got, by_hand(*args[:3], pattern, args[3]), 2e-5)
 
 
+def test_the_backward_pass_runs_where_a_caller_forbids_rank_promotion():
+    q, k, v, d_out = inputs((1, 9, 1, 1, 4, 4), 1)
+    _, pull = jax.vjp(plain(Strided(3), 0.5), q, k, v)
+    usual = pull(d_out)
+    with jax.numpy_rank_promotion("raise"):
+        same = pull(d_out)
+    for a, b in zip(usual, same, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_a_second_derivative_is_refused_in_a_sentence():
     q, k, v, _ = inputs((1, 9, 1, 1, 4, 4), 1)
     run = plain(Strided(3), 0.5)

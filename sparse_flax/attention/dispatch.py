@@ -103,7 +103,9 @@ def sparse_attention(
             # Splash's results do not say over which axes they vary.
             check_vma=choice.name != "tpu",
         )
-    return attend(q_BTHK, k_BTHK, v_BTHV)
+    # A caller's code may forbid what this one relies on.
+    with jax.numpy_rank_promotion("allow"):
+        return attend(q_BTHK, k_BTHK, v_BTHV)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,7 +48,8 @@ def _attend_forward(forward, backward, plan, q, k, v):
 
 def _attend_backward(forward, backward, plan, residuals, d_out):
     del forward
-    return over_batch(_once(functools.partial(backward, plan)), *residuals, d_out)
+    with jax.numpy_rank_promotion("allow"):  # as in the call, which is over by now
+        return over_batch(_once(functools.partial(backward, plan)), *residuals, d_out)
 
 
 attend_by.defvjp(_attend_forward, _attend_backward)
