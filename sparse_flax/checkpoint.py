@@ -9,7 +9,6 @@ import contextlib
 import gc
 import os
 import re
-import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -327,7 +326,7 @@ class Checkpointer:
                 lightweight_initialize=True,  # no stop at some old damaged metadata
             )
             self._manager = ocp.CheckpointManager(self._directory, options=options)
-            sys.unraisablehook = quiet.leave_out
+            quiet.leave_out_closed_loops()
         return self._manager
 
     def _discard_writer(self) -> None:

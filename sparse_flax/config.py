@@ -85,8 +85,8 @@ def defaults() -> ConfigDict:
                 "accumulate": 1,  # micro-batches that a step is split into
             },
             "eval": {
-                "every_steps": 1000,  # 0: at the end alone
-                "batch_size": 0,  # 0: train.batch_size
+                "every_steps": 1000,  # 0: before the first step and at the end alone
+                "batch_size": 0,  # 0: that of a micro-batch of training
                 "max_windows": 0,  # of a split, spread evenly; 0: all of it
                 "weights": "ema",  # ema | raw
                 "split": "test",  # test | validation; --mode=eval alone
@@ -183,7 +183,7 @@ def model_config(config: ConfigDict) -> ModelConfig:
 def explain_attention(
     config: ConfigDict, device_kind: str | None = None
 ) -> list[attention.Explanation]:
-    """Say what each pattern of a finalized configuration runs, for a whole batch.
+    """Say what each pattern of a finalized configuration runs, and costs by the batch.
 
     Args:
       config: finalized.
@@ -192,14 +192,15 @@ def explain_attention(
     Raises:
       UserError: `model.attention` names an implementation that cannot run this.
     """
-    m, rows = model_config(config), config.train.batch_size
+    m, mesh, rows = model_config(config), config.mesh, config.train.batch_size
     K, V = m.qk_width // m.heads, m.width // m.heads
     q, k, v = (
         jax.ShapeDtypeStruct((rows, m.context, m.heads, width), m.dtype)
         for width in (K, K, V)
     )
     kwargs = {"device_kind": device_kind, "implementation": m.implementation}
-    kwargs["token_devices"] = config.mesh.context
+    turns = config.train.accumulate
+    kwargs["shards"] = mesh.data * mesh.fsdp * turns, mesh.context, mesh.tensor
     try:
         return [
             attention.explain(pattern, q, k, v, **kwargs)
@@ -212,6 +213,9 @@ def explain_attention(
 def differences(old: dict[str, Any], new: ConfigDict) -> dict[str, tuple[Any, Any]]:
     """Return both values of each option that differs, those of `FIXED` first."""
     before, after = flatten(old), flatten(new.to_dict())
+    # What the run is older than was as the default is.
+    usual = flatten(defaults().to_dict())
+    before = {name: usual[name] for name in FIXED} | before
     names = [*FIXED, *sorted((before.keys() | after.keys()) - set(FIXED))]
     pairs = {
         name: (before.get(name, "unset"), after.get(name, "unset")) for name in names

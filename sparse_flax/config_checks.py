@@ -13,7 +13,7 @@ from sparse_flax.data.bytes import NAMES
 from sparse_flax.data.prepared import PREFIX
 from sparse_flax.errors import UserError
 from sparse_flax.evaluate import UNITS
-from sparse_flax.model import INITS, REMAT, ModelConfig
+from sparse_flax.model import INITS, REMAT, VOCABULARY
 from sparse_flax.state import WEIGHTS
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -150,7 +150,7 @@ def _check_numbers(config: ConfigDict) -> None:
         if not 0 < values[name] < math.inf:
             default = flatten(defaults().to_dict())[name]
             raise UserError(f"{name}={values[name]} must be above 0; try {default}")
-    most = ModelConfig.vocabulary
+    most = VOCABULARY
     if values["sample.top_k"] > most:
         raise UserError(
             f"sample.top_k={values['sample.top_k']} must be at most {most}, all bytes "
@@ -252,6 +252,11 @@ def _check_model(m: ConfigDict) -> None:
     if not m.position_shape:
         stride = min(_stride(patterns[0], m.context), m.context)
         m.position_shape = (-(-m.context // stride), stride)
+    if not all(isinstance(n, int) for n in m.position_shape):
+        raise UserError(
+            f"model.position_shape={tuple(m.position_shape)} must be whole numbers; "
+            "try () to derive them"
+        )
     places = math.prod(m.position_shape)
     if min(m.position_shape) < 1 or places < m.context:
         raise UserError(

@@ -20,7 +20,7 @@ from sparse_flax.attention import decode, sparse_attention
 from sparse_flax.attention.patterns import Pattern
 from sparse_flax.block import norm, quick_gelu
 from sparse_flax.model import START, SparseTransformer
-from sparse_flax.sharding import activation, lay_out
+from sparse_flax.sharding import activation, lay_out, whole_sequences
 
 Caches = tuple[decode.Cache, ...]  # one a layer
 
@@ -57,7 +57,7 @@ class Ends:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["ends", "layers"],
-    meta_fields=["q_and_k"],
+    meta_fields=["cuts"],
 )
 @dataclasses.dataclass(frozen=True)
 class Decoder:
@@ -65,7 +65,7 @@ class Decoder:
 
     ends: Ends
     layers: tuple[Layer, ...]
-    q_and_k: tuple[int, int]  # where in W the keys and the values begin
+    cuts: tuple[int, int]  # where in W the keys and the values begin
 
 
 def decoder(model: SparseTransformer) -> Decoder:
@@ -170,11 +170,14 @@ def layer_by_layer(model: SparseTransformer, inputs_BT) -> Iterator[tuple]:
         yield pattern, qkv
 
 
+# Each jit below is called in one layout alone, which is no part of its cache's key.
+@whole_sequences()
 @jax.jit
 def _embedded(model, inputs_BT):
     return model.embed(inputs_BT)
 
 
+@whole_sequences()
 @functools.partial(jax.jit, static_argnames=("pattern", "implementation"))
 def _run(blocks, layer, x_BTD, *, pattern: Pattern, implementation):
     block = _layer(blocks, layer)
@@ -191,7 +194,8 @@ def step(
     Args:
       decoder: the weights.
       caches: of the inputs before `position`.
-      input_B: the input at `position`, an int32 scalar below `reach`.
+      input_B: integers, the input of each row at `position`.
+      position: int32 scalar below `reach`.
       reach: as for `decode.step`.
     """
     ends = decoder.ends
@@ -200,7 +204,7 @@ def step(
     for layer, cache in zip(decoder.layers, caches, strict=True):
         h_BD = norm(x_BD, *layer.norm1_D, 1e-5)
         qkv_BHW = _product("BD,HWD->BHW", h_BD, layer.qkv_HWD) + layer.qkv_bias_HW
-        q, k, v = jnp.split(qkv_BHW.astype(x_BD.dtype), decoder.q_and_k, axis=-1)
+        q, k, v = jnp.split(qkv_BHW.astype(x_BD.dtype), decoder.cuts, axis=-1)
         a_BHV, cache = decode.step(cache, q, k, v, position, reach=reach)
         a_BD = _product("BHV,DHV->BD", a_BHV, layer.out_DHV) + layer.out_bias_D
         x_BD = x_BD + a_BD.astype(x_BD.dtype)

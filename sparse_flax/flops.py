@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparse_flax.model import ModelConfig
+from sparse_flax.model import VOCABULARY, ModelConfig
 
 
 def forward_flops(config: ModelConfig, T: int | None = None) -> int:
@@ -57,5 +57,5 @@ def _products(config: ModelConfig, T: int) -> dict[str, int]:
         "out": per_weight * D * D,
         "up": per_weight * D * F,
         "down": per_weight * D * F,
-        "logits": 2 * T * D * config.vocabulary,
+        "logits": 2 * T * D * VOCABULARY,
     }

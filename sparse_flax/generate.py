@@ -7,6 +7,7 @@ layer; a step (`decoder.py`) reads of them what its byte sees.
 from __future__ import annotations
 
 import functools
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_flax.decoder import decoder, prefill, step
-from sparse_flax.model import START, SparseTransformer
+from sparse_flax.model import START, VOCABULARY, SparseTransformer
 from sparse_flax.progress import duration
 from sparse_flax.sharding import batch_shards, whole, whole_sequences
 
@@ -78,8 +79,8 @@ def generate(
         bytes_BT[row, : lengths[n]] = np.frombuffer(prompts[n], np.uint8)
     keys_B = jnp.stack([jax.random.key(seed + n) for n in rows])
     lengths_B = np.array([lengths[n] for n in rows], np.int32)
-    filters = (top_k or model.config.vocabulary, top_p)
-    if filters == (model.config.vocabulary, 1):
+    filters = (top_k or VOCABULARY, top_p)
+    if filters == (VOCABULARY, 1):
         filters = None
 
     read = bytes_BT[:, : _size(max(begin, 1), model.config.context)]
@@ -147,6 +148,10 @@ def as_bytes(prompt: bytes | np.ndarray) -> bytes:
     """
     if isinstance(prompt, bytes):
         return prompt
+    if isinstance(prompt, str):
+        raise ValueError(
+            f"a prompt of text {prompt[:20]!r} is not bytes; give prompt.encode()"
+        )
     values = np.asarray(prompt)
     if values.size and (
         values.ndim != 1
@@ -221,22 +226,24 @@ def _size(length: int, context: int) -> int:
 
 
 def _check(model, prompts, count, temperature, top_k, top_p) -> None:
-    context, vocabulary = model.config.context, model.config.vocabulary
+    context = model.config.context
+    if count != int(count) or count < 0:
+        raise ValueError(f"count={count} must be a whole number from 0 on; try 100")
     longest = max((len(prompt) for prompt in prompts), default=0)
     if longest + count > context:
         raise ValueError(
             f"a prompt of {longest} and a sample of {count} bytes do not fit the "
             f"context of {context}; sample {max(context - longest, 0)} or fewer"
         )
-    if temperature <= 0:
+    if not 0 < temperature < math.inf:
         raise ValueError(
             f"temperature={temperature} must be above 0; try 1.0, or top_k=1 for the "
             "likeliest byte"
         )
-    if not 0 <= top_k <= vocabulary:
+    if not 0 <= top_k <= VOCABULARY:
         raise ValueError(
-            f"top_k={top_k} must be from 0 (all) to {vocabulary}; try "
-            f"{min(max(top_k, 0), vocabulary)}"
+            f"top_k={top_k} must be from 0 (all) to {VOCABULARY}; try "
+            f"{min(max(top_k, 0), VOCABULARY)}"
         )
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p} must be above 0 and at most 1; try 1.0")

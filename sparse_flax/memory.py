@@ -171,6 +171,7 @@ def least_bytes_moved(config: ConfigDict) -> dict[str, int]:
     real step moves more.
     """
     parts = state_bytes(config)
+    parts["gradients"] = parts["parameters"]  # not those of a micro-batch beside them
     micro_batches = config.train.accumulate
     patterns = attention.parse(config.model.patterns)
     each = sum(

@@ -6,6 +6,7 @@ import contextlib
 import io
 import itertools
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ class MetricsLog:
         self._path, self._events, self.rows = workdir.metrics, None, []
         if not processes.is_first():
             return
-        self.rows = [row for row in read_rows(workdir.metrics) if row["step"] <= step]
+        rows = read_rows(workdir.metrics)
+        self.rows = [row for row in rows if row.get("step", math.inf) <= step]
         lines = "".join(json.dumps(row) + "\n" for row in self.rows)
         write_atomically(workdir.metrics, lines.encode())
         self._events = Events(workdir.tensorboard, step) if tensorboard else None

@@ -44,7 +44,8 @@ from sparse_flax.attention import Pattern
 from sparse_flax.block import Block, fold_in, norm
 from sparse_flax.sharding import activation, batch_rows, lay_out, whole
 
-START = 256  # the input before the first byte
+VOCABULARY = 256  # the bytes
+START = VOCABULARY  # the input before the first of them
 
 # What the backward pass of a block keeps besides its input; the rest is computed again.
 # `attention_out` and `attention_lse` are named inside of the fused kernels, which are
@@ -63,7 +64,7 @@ INITS = ("code", "paper")
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The architecture. Widths are whole numbers that the heads divide."""
+    """The architecture. Heads divide the widths, and patterns the layers."""
 
     context: int  # T at most
     layers: int
@@ -80,7 +81,29 @@ class ModelConfig:
     remat: str = "full"
     unroll: int = 1  # pattern cycles in one turn of the loop over layers
     implementation: str | None = None  # of attention; None picks
-    vocabulary: int = 256
+
+    def __post_init__(self) -> None:
+        """Check what a model would otherwise be silently wrong with.
+
+        Raises ValueError, in a sentence.
+        """
+        n = len(self.patterns)
+        for name, by, what in (
+            ("width", self.heads, f"heads={self.heads}"),
+            ("qk_width", self.heads, f"heads={self.heads}"),
+            ("layers", n, f"the {n} patterns"),
+        ):
+            value = getattr(self, name)
+            if value % by:
+                raise ValueError(
+                    f"{name}={value} is no multiple of {what}; try "
+                    f"{max(round(value / by), 1) * by}"
+                )
+        if (places := math.prod(self.position_shape)) < self.context:
+            raise ValueError(
+                f"position_shape={self.position_shape} has {places} places for context="
+                f"{self.context} tokens; try ({self.context},)"
+            )
 
 
 class SparseTransformer(nnx.Module):
@@ -92,7 +115,7 @@ class SparseTransformer(nnx.Module):
 
     def __init__(self, config: ModelConfig, key: jax.Array):
         """Draw the parameters; the same key gives the same model on any device."""
-        N, D, tables = config.vocabulary, config.width, len(config.position_shape)
+        N, D, tables = VOCABULARY, config.width, len(config.position_shape)
         std = 0.125 / math.sqrt(D) if config.init == "paper" else 0.01
         std = config.embedding_std or std
         token, start, positions, blocks = jax.random.split(key, 4)
@@ -171,10 +194,12 @@ class SparseTransformer(nnx.Module):
         >>> model.generate(images_NT[:, : 16 * 32 * 3], 16 * 32 * 3)  # the lower halves
 
         Raises:
-          ValueError: an entry of a prompt is not from 0 to 255, or as `generate`.
+          ValueError: a prompt is no bytes, or as `generate`.
         """
         from sparse_flax import generate  # late: it is written in terms of this module
 
+        if isinstance(prompts, bytes | str):
+            raise ValueError(f"prompts={prompts[:20]!r} is one prompt; give a list")
         given = [generate.as_bytes(prompt) for prompt in prompts]
         options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         sampled = generate.generate(self, given, count, seed=seed, **options)
@@ -190,7 +215,7 @@ class SparseTransformer(nnx.Module):
         T = inputs_BT.shape[1]
         # One-hot products: a gather's transpose is a scatter-add, which a GPU sums in
         # no fixed order. START is out of range and so embeds to zero.
-        one_hot_BTN = jax.nn.one_hot(inputs_BT, self.config.vocabulary, dtype=dtype)
+        one_hot_BTN = jax.nn.one_hot(inputs_BT, VOCABULARY, dtype=dtype)
         x_BTD = jnp.einsum(
             "BTN,ND->BTD",
             one_hot_BTN,

@@ -1,11 +1,12 @@
 """What libraries print besides what they raise or return, kept off the console."""
 
 import contextlib
+import functools
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from absl import logging as absl_logging
@@ -39,7 +40,16 @@ def hushed() -> Iterator[None]:
         log.disabled, sys.unraisablehook = disabled, hook
 
 
-def leave_out(unraisable: Any) -> None:
-    """Leave out what tensorstore's threads print after the failure of one of them."""
+def leave_out_closed_loops() -> None:
+    """Leave out what tensorstore's threads print after the failure of one of them.
+
+    From now on, since some of it comes when they are garbage collected.
+    """
+    former = sys.unraisablehook
+    if getattr(former, "func", None) is not _unless_closed_loop:
+        sys.unraisablehook = functools.partial(_unless_closed_loop, former)
+
+
+def _unless_closed_loop(former: Callable[[Any], None], unraisable: Any) -> None:
     if str(unraisable.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(unraisable)
+        former(unraisable)

@@ -2,9 +2,9 @@
 
 What used to be called pjit is `jax.jit` over arrays that carry a `NamedSharding`. The
 axes are Explicit: shardings are part of array types, so a layout that does not fit is
-an error that prints both, never a silent copy. A mesh is always set, if only of one
-device; outside of one (a notebook, a model of your own) every layout here is None and
-the same code runs unsharded.
+an error that prints both, never a silent copy. The trainer always sets a mesh, if only
+of one device; without one (a notebook, a model of your own) every layout here is None
+and the same code runs unsharded.
 
     data     copies of the model, each with its own rows of the batch
     fsdp     as data, but each device keeps only a slice of every parameter

@@ -14,8 +14,8 @@ from sparse_flax import processes
 class StopRequest:
     """Remembers the first SIGTERM or Ctrl-C; a second one acts at once, as ever.
 
-    Polled between training steps, evaluation batches and pieces of a sample. A bonus:
-    what was saved by `checkpoint.every_steps` is safe in any case.
+    Polled between training steps, evaluation batches and pieces of a sample. What is
+    killed without a question loses what came after the last checkpoint, and no more.
 
     With several processes all of them poll equally often, and learn at the same poll of
     what came to any of them: jax's own handler of SIGTERM, which is the notice of

@@ -131,18 +131,18 @@ class Trainer:
                 self.workdir, step=self.step, tensorboard=self.config.log.tensorboard
             )
             opened.callback(self.metrics.close)
+            kind = jax.devices()[0].device_kind
+            notices.append(devices.dtype_notice(kind, self.config.model.dtype))
+            for notice in filter(None, [*notices, self.splits.notice]):
+                say(f"NOTE: {notice}")
+            for change in changed:
+                say(f"changed since the last run: {change}")
+                if change.startswith("train.steps:"):
+                    say("NOTE: its cosine now ends there, so the learning rate jumps")
+            self.baseline = bigram.baseline(
+                self.splits, self.model_config.context, self.config.eval.max_windows
+            )
             self.opened = opened.pop_all()
-        kind = jax.devices()[0].device_kind
-        notices.append(devices.dtype_notice(kind, self.config.model.dtype))
-        for notice in filter(None, [*notices, self.splits.notice]):
-            say(f"NOTE: {notice}")
-        for change in changed:
-            say(f"changed since the last run: {change}")
-            if change.startswith("train.steps:"):
-                say("NOTE: its cosine now ends there, so the learning rate jumps here")
-        self.baseline = bigram.baseline(
-            self.splits, self.model_config.context, self.config.eval.max_windows
-        )
 
     # ---- The loop ------------------------------------------------------------------
 

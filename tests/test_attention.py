@@ -517,8 +517,8 @@ def test_call_errors_are_sentences():
         sparse_attention(q, q, q, Dense(), implementation="gatherd")
     with pytest.raises(ValueError, match="known when traced"):
         jax.grad(lambda x: sparse_attention(q, q, q, Dense(), scale=x).sum())(0.3)
-    with pytest.raises(ValueError, match="token_devices=0"):
-        explain(Dense(), q, q, q, token_devices=0)
+    with pytest.raises(ValueError, match=r"shards=\(1, 0, 1\) must .* try \(1, 1, 1\)"):
+        explain(Dense(), q, q, q, shards=(1, 0, 1))
     with pytest.raises(ValueError, match="is no pattern"):
         explain(q, q, q, Dense())
 

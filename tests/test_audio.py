@@ -241,6 +241,12 @@ def test_many_recordings_stay_whole_and_in_their_split(tmp_path, monkeypatch):
         load(tmp_path / "many", tmp_path, rate=6000)
 
 
+def test_one_recording_beside_a_folder_of_others_is_cut(tmp_path):
+    record(tmp_path / "all" / "train" / "a.wav", np.full(100, 0.5))
+    song = record(tmp_path / "all" / "song.wav", np.full(1000, 0.1))
+    assert len(load(song, tmp_path).train) == 900
+
+
 def test_sub_folders_are_splits(tmp_path):
     for i, split in enumerate(("train", "validation", "test")):
         record(tmp_path / "three" / split / "a.wav", np.full(100, i / 5))

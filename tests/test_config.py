@@ -204,6 +204,8 @@ FITS = [
     ("model.position_shape", (10, 10), {}),
     ("model.position_shape", (-64, -64), {}),
     ("model.position_shape", (0, 4096), {}),
+    ("model.position_shape", (64.0, 32.0), {}),
+    ("model.position_shape", ("a", "b"), {}),
     ("train.batch_size", 9, {"mesh.data": 2, "mesh.fsdp": 2}),
     ("eval.batch_size", 2, {"mesh.data": 2, "mesh.fsdp": 2}),
     ("train.accumulate", 3, {"train.batch_size": 8}),
@@ -298,6 +300,16 @@ def test_defaults_survive_json():
 
 def test_options_that_may_not_change_exist():
     assert set(FIXED) < set(flatten(defaults().to_dict()))
+
+
+def test_a_run_older_than_an_option_had_its_default():
+    new, _ = finalize(defaults())
+    old = saved(new)
+    del old["model"]["embedding_std"]
+    assert changes(old, new) == []
+    new, _ = finalize(changed(model__embedding_std=0.1))
+    with pytest.raises(UserError, match=r"embedding_std=0\.1, but .*; use 0\.0"):
+        changes(old, new)
 
 
 @pytest.mark.parametrize("name", FIXED)

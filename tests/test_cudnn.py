@@ -346,6 +346,19 @@ def test_what_is_refused_says_why(pattern, shape, dtype, says):
     assert told.implementation == "gathered" and says in told.reason
 
 
+def test_the_pick_is_by_what_one_device_has_at_a_time():
+    q = jax.ShapeDtypeStruct((8, 2**20, 2, 64), jnp.bfloat16)
+    told = [
+        explain(Blocks(128), q, q, q, device_kind=A100, shards=(n, 1, 1))
+        for n in (1, 8)
+    ]
+    assert [x.implementation for x in told] == ["gathered", "cudnn"]
+    assert told[0].flops == told[1].flops
+    # A stride beyond the sequence makes no more columns than it has tokens.
+    q = jax.ShapeDtypeStruct((1, 1024, 8, 64), jnp.bfloat16)
+    assert explain(Columns(10_000), q, q, q, device_kind=A100).implementation == "cudnn"
+
+
 def test_an_unknown_jax_is_refused(monkeypatch):
     q = jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.bfloat16)
     monkeypatch.setattr(jax, "__version_info__", (0, 13, 0))

@@ -19,6 +19,7 @@ from sparse_flax.attention import (
     Strided,
     Summaries,
     decode,
+    parts,
     reference,
 )
 
@@ -85,6 +86,24 @@ def test_64_bit_types_may_be_on(pattern):
     finally:
         jax.config.update("jax_enable_x64", False)
     np.testing.assert_allclose(out[:, 5:], expected[:, 5:], rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "union",
+    [
+        (parts.Self(), parts.Columns(4, strict=True)),
+        (parts.Columns(4, strict=True), parts.Columns(6, strict=True)),
+    ],
+    ids=str,
+)
+def test_a_union_without_a_store_is_refused(union):
+    class Own(Dense):
+        def parts(self, head=0):
+            return union
+
+    k = jnp.ones((1, 8, 1, 4))
+    with pytest.raises(NotImplementedError, match=r"nothing for .* add it to stores"):
+        decode.prefill(Own(), 8, k, k, 3)
 
 
 def test_a_cache_of_other_heads_is_refused():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 
 import jax
@@ -12,7 +13,8 @@ from conftest import noisy_model
 
 from sparse_flax import decoder, generate
 from sparse_flax.attention import Columns, Dense, Fixed, Local, PerHead, Strided
-from sparse_flax.model import ModelConfig
+from sparse_flax.model import VOCABULARY, ModelConfig
+from sparse_flax.sharding import make_mesh
 
 CONFIG = ModelConfig(
     context=37,
@@ -55,7 +57,7 @@ def decoded_logits(model, inputs_BT, length):
         row, caches = decoder.step(weights, caches, input_B, position, T)
         return caches, logits_BTN.at[:, position].set(row)
 
-    zeros = jnp.zeros((B, T, model.config.vocabulary))
+    zeros = jnp.zeros((B, T, VOCABULARY))
     return jax.lax.fori_loop(length, T, one, (caches, zeros))[1]
 
 
@@ -143,12 +145,26 @@ def test_the_likeliest_byte_is_sampled_whatever_the_seed_and_temperature():
         ({"top_k": -1}, r"top_k=-1 must be .* try 0"),
         ({"top_p": 0.0}, r"top_p=0.0 must be above 0 and at most 1; try 1.0"),
         ({"temperature": 0}, r"temperature=0 must be above 0; try 1.0, or top_k=1"),
+        ({"temperature": math.nan}, r"temperature=nan must be above 0"),
+        ({"count": -1}, r"count=-1 must be a whole number from 0 on; try 100"),
+        ({"prompts": ["a"]}, r"of text 'a' is not bytes; give prompt.encode\(\)"),
+        ({"prompts": b"abc"}, r"prompts=b'abc' is one prompt; give a list"),
     ],
 )
 def test_refuses_options_out_of_range(options, sentence):
     with pytest.raises(ValueError, match=sentence) as error:
-        model_of(Dense()).generate([b""], 1, **options)
+        model_of(Dense()).generate(**{"prompts": [b""], "count": 1} | options)
     assert "\n" not in str(error.value)
+
+
+def test_layers_one_by_one_and_a_sample_share_what_is_compiled():
+    """Whoever looks first: both lay a batch out alike on a mesh."""
+    model = model_of(Strided(4))
+    with jax.set_mesh(make_mesh(context=2)):
+        inputs = jnp.zeros((2, model.config.context), jnp.int32)
+        list(decoder.layer_by_layer(model, inputs))
+        sampled = model.generate([b"ab", b"cd"], model.config.context - 2)
+    assert sampled.shape == (2, model.config.context - 2)
 
 
 # ---- The compiled loop -------------------------------------------------------------

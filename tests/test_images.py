@@ -302,6 +302,8 @@ def test_arrays(tmp_path):
     found = load(tmp_path / "some", tmp_path)
     assert [len(found.train), len(found.validation), len(found.test)] == [38, 2, 3]
     assert "no array for validation, so the last 5%" in found.notice
+    np.save(tmp_path / "few.npy", all_NHWC[:3])
+    sentence(lambda: load(tmp_path / "few.npy", tmp_path), "few.npy", "validation")
     sentence(
         lambda: load(tmp_path / "some", tmp_path, size=9), "(8, 8, 3)", "(9, 9, 3)"
     )

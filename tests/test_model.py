@@ -100,6 +100,20 @@ def test_has_as_many_parameters_as_the_paper(name, preset, count):
     assert parameter_count(jax.eval_shape(make, jax.random.key(0))) == count
 
 
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"width": 15}, "width=15 is no multiple of heads=2; try 16"),
+        ({"qk_width": 7}, "qk_width=7 is no multiple of heads=2; try 8"),
+        ({"layers": 3}, "layers=3 is no multiple of the 2 patterns; try 4"),
+        ({"position_shape": (5, 3)}, r"has 15 places for context=16 .* try \(16,\)"),
+    ],
+)
+def test_an_architecture_that_does_not_fit_is_a_sentence(change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        dataclasses.replace(TINY, **change)
+
+
 @functools.cache
 def untrained(init):
     config = ModelConfig(

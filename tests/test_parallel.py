@@ -174,14 +174,14 @@ def test_no_more_is_sent_than_the_pattern_needs(pattern, kinds):
 
 def test_explains_what_is_sent():
     shape = (1, 1024, 4, 64)
-    told = explain(Strided(128), *[shape] * 3, token_devices=4, device_kind="cpu")
+    told = explain(Strided(128), *[shape] * 3, shards=(1, 4, 1), device_kind="cpu")
     assert told.implementation == "gathered"
     assert told.exchanges == (
         "Band(width=128) with 127 keys of the device before",
         "Columns(stride=32, strict=True) all-to-all, 32 columns a device",
     )
     assert "all-to-all" in str(told)
-    told = explain(Fixed(128, 32), *[shape] * 3, token_devices=4, device_kind="cpu")
+    told = explain(Fixed(128, 32), *[shape] * 3, shards=(1, 4, 1), device_kind="cpu")
     assert "Summaries(size=128, width=32, offset=0) of all" in told.exchanges[-1]
     assert explain(Strided(128), *[shape] * 3, device_kind="cpu").exchanges == ()
 

@@ -381,6 +381,20 @@ def test_a_start_that_was_refused_leaves_the_folder_free(
     assert held
 
 
+def test_a_start_that_is_interrupted_leaves_the_folder_free(
+    tmp_path, text, monkeypatch
+):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sparse_flax.train.bigram.baseline", interrupt)
+        with pytest.raises(KeyboardInterrupt) as held:
+            run(tmp_path / "run", tiny(text))
+    Trainer(tiny(text), str(tmp_path / "run"), say=lambda line: None).opened.close()
+    assert held
+
+
 # ---- What is not finite, and a full disk ---------------------------------------------
 
 

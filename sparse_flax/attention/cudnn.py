@@ -95,7 +95,7 @@ def supports_parts(some_parts: Sequence[Part], q: Any, k: Any, v: Any) -> str | 
 
 def _too_many(part: Part, B: int, T: int, H: int) -> str | None:
     if isinstance(part, parts.Columns):
-        H *= part.stride
+        H *= min(part.stride, T)
     elif isinstance(part, parts.OwnBlock | parts.Summaries):
         B *= -(-T // part.size)
     if max(B, H) <= MOST_BLOCKS:
@@ -131,9 +131,12 @@ def _pieces(some_parts: Sequence[Part], T: int) -> Iterator[Piece]:
         elif isinstance(part, parts.Band | parts.Self):
             window = 1 if isinstance(part, parts.Self) else part.width
             yield Piece(part.fold_q, part.fold_kv, window=window)
+        elif isinstance(part, parts.Everything):
+            yield Piece(part.fold_q, part.fold_kv, causal=False)
+        elif isinstance(part, parts.All | parts.Columns | parts.OwnBlock):
+            yield Piece(part.fold_q, part.fold_kv)
         else:
-            causal = not isinstance(part, parts.Everything)
-            yield Piece(part.fold_q, part.fold_kv, causal=causal)
+            raise NotImplementedError(f"cudnn does not know {part}")
 
 
 def _shift(part: parts.Columns) -> Piece:

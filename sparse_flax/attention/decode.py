@@ -13,7 +13,7 @@ column of T / stride rows, a block and the summaries before it; never T, but for
     Strided            the same                              stride + T / stride
     Blocks             min(block, T)                         all
     Summaries          1 + summary * whole blocks before T   all
-    Fixed              block + the same                      all
+    Fixed              block + summary * whole blocks        all
     PerHead, rotate    head by head as above
 
 A cache holds no position: shapes are static, the position is traced, and what a place

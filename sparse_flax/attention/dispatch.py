@@ -22,6 +22,12 @@ from sparse_flax.attention.patterns import Pattern
 # the call is picked. To add an implementation, add its module here. It has
 #   runs_on(device_kind), supports(pattern, q, k, v): None, or a sentence: why not
 #   attend(q, k, v, pattern, scale): out
+# and, to be used where a sequence is spread over devices (parallel.py),
+#   supports_parts(parts, q, k, v): as supports
+#   attend_parts(q, k, v, parts, scale): (out, lse)
+#   parts_gradients(q, k, v, out, lse, d_out, parts, scale): (dq, dk, dv)
+# Kernels with a gradient of their own go through layouts.attend_by, which names what
+# they keep for model.REMAT.
 IMPLEMENTATIONS: dict[str, ModuleType] = {
     "hopper": hopper,
     "cudnn": cudnn,
@@ -147,7 +153,7 @@ def explain(
     *,
     device_kind: str | None = None,
     implementation: str | None = None,
-    token_devices: int = 1,
+    shards: tuple[int, int, int] = (1, 1, 1),
 ) -> Explanation:
     """Say what `sparse_attention` would run for these arguments, why, and its cost.
 
@@ -157,28 +163,36 @@ def explain(
       device_kind: as `jax.Device.device_kind`; of the mesh or the default device if
         None.
       implementation: as for `sparse_attention`.
-      token_devices: that each sequence is spread over, if q's type does not say it.
+      shards: into how many batch, tokens and heads are cut, each on a device of its own
+        or, of the batch, in its turn; what the types of arrays say goes before it.
 
     Raises:
       ValueError: as `sparse_attention`.
     """
     _check_pattern(pattern, "first")
-    if token_devices != int(token_devices) or token_devices < 1:
-        raise ValueError(f"token_devices={token_devices} must be at least 1; try 1")
-    if isinstance(q, jax.Array):
-        token_devices = max(token_devices, _layout(q, k, v, pattern).devices(1))
+    if len(shards) != 3 or not all(n == int(n) and n >= 1 for n in shards):
+        raise ValueError(
+            f"shards={shards} must be three whole numbers (batch, tokens, heads), each "
+            "at least 1; try (1, 1, 1)"
+        )
+    if all(isinstance(x, jax.Array) for x in (q, k, v)):
+        layout = _layout(q, k, v, pattern)
+        if layout.mesh is not None:
+            shards = tuple(layout.devices(dimension) for dimension in range(3))
     q, k, v = (_as_struct(x) for x in (q, k, v))
     _check(q, k, v)
     device_kind = device_kind or target_device_kind()
-    if why := parallel.refusal(pattern, q.shape[1], token_devices):
+    if why := parallel.refusal(pattern, q.shape[1], shards[1]):
         raise ValueError(why)
     shard = (
         jax.ShapeDtypeStruct(
-            (x.shape[0], x.shape[1] // token_devices, *x.shape[2:]), x.dtype
+            (*(max(n // m, 1) for n, m in zip(x.shape, shards, strict=False)), width),
+            x.dtype,
         )
         for x in (q, k, v)
+        for width in x.shape[3:]
     )
-    choice = _pick(implementation, device_kind, pattern, *shard, token_devices)
+    choice = _pick(implementation, device_kind, pattern, *shard, shards[1])
     (B, T, H, K), V = q.shape, v.shape[-1]
     period = pattern.head_period
     pairs = B * sum(pattern.pairs(T, head % period) for head in range(H))
@@ -194,7 +208,7 @@ def explain(
         # Five products: the scores again, dP and dV over V, dQ and dK over K.
         backward_flops=2 * (3 * K + 2 * V) * pairs,
         bytes=sum(math.prod(x.shape) * x.dtype.itemsize for x in (q, k, v)) + out_bytes,
-        exchanges=tuple(parallel.says(pattern, T, token_devices)),
+        exchanges=tuple(parallel.says(pattern, T, shards[1])),
     )
 
 

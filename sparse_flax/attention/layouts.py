@@ -62,8 +62,8 @@ def _once(run):
     @once.defjvp
     def _(primals, tangents):
         raise NotImplementedError(
-            "the kernels of hopper and cudnn have a first derivative, in reverse mode; "
-            "for others pass implementation='gathered'"
+            "fused kernels (hopper, cudnn, tpu) have a first derivative, in reverse "
+            "mode; for others pass implementation='gathered'"
         )
 
     return once

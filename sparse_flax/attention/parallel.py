@@ -248,8 +248,10 @@ def shares(some_parts: Sequence[Part], axis: Axis) -> list[Share]:
         ):
             here.append(parts.All())
             away.append(Before(axis, (parts.Everything(),), None))
-        else:
+        elif isinstance(part, parts.Band | parts.OwnBlock | parts.Self):
             here.append(part)
+        else:
+            raise NotImplementedError(f"no device of a sequence's knows {part}")
     return ([Here(axis, tuple(here))] if here else []) + away
 
 

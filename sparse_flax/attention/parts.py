@@ -15,6 +15,11 @@ multiply.
 
 Across devices (parallel.py) there is one more, Everything, whose core is Full.
 
+To add a part: write its class here, on a core that there is, and say what it is to
+`cudnn._pieces`, `parallel.shares` and `stores.py`, which refuse parts that they do not
+know; hopper has kernels for some patterns alone, and leaves the rest to cudnn. A new
+core needs a function in `gathered.CORES` first.
+
 Folds pad T at its end to a multiple of the block. Padded keys lie after every real
 query, so no causal core lets one be seen. Query heads h use key head h // (H/H_kv), in
 the folded view as before it: (s*H + h) // G = s*H_kv + h // G.

@@ -4,9 +4,9 @@ A pattern is a frozen dataclass of integers. Its `mask` is the truth, written fr
 formula alone; its `parts` say how the same is computed without ever building a T x T
 array. Every pattern is causal and lets every query see at least itself.
 
-To add a pattern: write its class here with `_sees` and `parts`, and add it to
-`PATTERNS`, and some of it to those of `tests/test_attention.py`, which checks them
-against their masks in every implementation and fails until there are some.
+To add a pattern: write its class here with `_sees` and `parts`, add it to `PATTERNS`
+and to `attention/__init__.py`, and some of it to those of `tests/test_attention.py`,
+which checks them against their masks in every implementation and fails until there are.
 """
 
 from __future__ import annotations

@@ -195,6 +195,8 @@ class Latest:
 
 
 Store = Tokens | Latest
+TOKENS_READS = parts.All | parts.Columns | parts.Band
+LATEST_READS = parts.Band | parts.OwnBlock | parts.Self | parts.Summaries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +232,15 @@ def groups(pattern: Pattern, T: int, H: int, group: int) -> list[Heads]:
 
 
 def _store(manner: tuple[Part, ...], offsets: tuple[int, ...], T: int) -> Store:
-    if any(isinstance(part, parts.All | parts.Columns) for part in manner):
+    every = any(isinstance(part, parts.All | parts.Columns) for part in manner)
+    known = TOKENS_READS if every else LATEST_READS
+    strides = {part.stride for part in manner if isinstance(part, parts.Columns)}
+    if len(strides) > 1 or not all(isinstance(part, known) for part in manner):
+        raise NotImplementedError(
+            f"decode keeps nothing for {' and '.join(map(str, manner))} together; add "
+            "it to stores.py"
+        )
+    if every:
         return Tokens(manner, T)
     is_slices = [isinstance(part, parts.Summaries) for part in manner]
     rings = [

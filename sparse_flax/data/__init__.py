@@ -17,6 +17,7 @@
 A new stream of bytes goes into `bytes.load`, as one more name; if it is a single file
 in a zip on the web, one more row of `archives.ARCHIVES` is enough. Other data get a
 file of their own here, which makes `bytes.Splits`: of streams, uint8 [N], or of
-sequences that belong together, [N, T]; a name in `config_checks.KINDS`; and a line in
-`sources.load`.
+sequences that belong together, [N, T]; a name in `config_checks.KINDS`, for images of
+one size also in `SIZES` there; and a line in `sources.load`, or for images in
+`images.load`.
 """

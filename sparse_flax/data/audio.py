@@ -93,10 +93,10 @@ def load(path: str, data_folder: str, rate: int, bad_files: str = "skip") -> Spl
         )
     root = byte_data.existing(path)
     if root.is_file():
-        root, found, others = root.parent, [root], 0
+        root, found, others, cut = root.parent, [root], 0, True
     else:
         found, others = folder.find(root, SUFFIXES, "recordings")
-    cut = len(found) < FEW and not folder.has_splits(root)
+        cut = len(found) < FEW and not folder.has_splits(root)
     if cut:
         files = {"train": found, "validation": [], "test": []}
     else:

@@ -15,7 +15,7 @@ import numpy as np
 from sparse_flax.data import archives, prepared
 from sparse_flax.errors import UserError
 
-NAMES = ("stdlib", "enwik8", "text8", "bytes")
+NAMES = ("stdlib", *archives.ARCHIVES, "bytes")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -89,7 +89,7 @@ def _arrays(place: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     if (
         len(index_N) != len(images_NHWC)
         or len(np.unique(index_N)) != len(index_N)
-        or not 0 <= index_N.min() <= index_N.max() < PUBLISHED[split]
+        or not ((index_N >= 0) & (index_N < PUBLISHED[split])).all()
     ):
         raise UserError(
             f"{place / split}_index.npy does not give each of {len(images_NHWC):,} "

@@ -85,7 +85,7 @@ def _splits(
                 f"needs ({size}, {size}, 3); give such images, or a folder of picture "
                 "files, which are scaled"
             )
-    flat = [part.reshape(len(part), -1) for part in parts]
+    flat = [part.reshape(len(part), 3 * size**2) for part in parts]  # or none
     return byte_data.splits(name, source, flat, notice, published)
 
 
