@@ -15,8 +15,8 @@ The share of memory bandwidth is what a step must read (weights once, and of the
 what the byte at this position sees) a second, of the vendor's figure.
 
 Writes benchmarks/results/sampling.json: {hardware, versions, command, rows: [{model,
-pattern, batch_size, bytes_per_s, ms_at: {position: ms a byte}, bandwidth_at: {position:
-share}, compile_s, seconds}]}.
+pattern, context, batch_size, bytes_per_s, ms_at: {position: ms a byte}, bandwidth_at:
+{position: share}, asked (the positions to show), compile_s, seconds}]}.
 """
 
 from __future__ import annotations

@@ -14,9 +14,10 @@ Equal time: what a pattern reaches in --seconds of training, compiling and scori
 out, the number of steps by its own measured speed. Equal steps: what it reaches in the
 number of steps that dense attention makes in that time. The schedule ends with the run.
 
-Finished cells are read from --out and skipped; cells of other hardware or versions go
-into a file of their own. A cell that was stopped goes on from its checkpoint in
---workdir. With --minutes no cell begins that would not end within them.
+Finished cells are read from --out and skipped; a file with cells of other hardware or
+versions is refused, so name another --out for those. A cell that was stopped goes on
+from its checkpoint in --workdir. With --minutes no cell begins that would not end
+within them.
 
 Writes {hardware, versions, trials, rows: [{data, size, pattern, seed, learning_rate,
 limit_s (the --seconds), budget (steps | time | both, of dense), steps, seconds (of

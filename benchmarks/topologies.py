@@ -1,4 +1,4 @@
-"""Compile the train step of every config for TPUs that are not here, and run nothing.
+"""Compile train steps for TPUs that are not here, and run nothing: those of CASES.
 
     python benchmarks/topologies.py              # all that the result does not hold yet
     python benchmarks/topologies.py enwik8       # of these configs, again

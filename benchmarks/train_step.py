@@ -8,9 +8,9 @@
 Each case runs in a process of its own, so that its peak of memory is its own: random
 bytes, the paper's model at full size, `--steps` steps after three to warm up. Prints a
 line a case and writes benchmarks/results/train_step.json: {hardware, versions, rows:
-[{model, pattern, context, dropout, remat, unroll, batch_size, tokens_per_s, step_ms,
-step_ms_spread, mfu, memory_gb, command}]}. Rows measured before on the same hardware
-with the same versions stay. step_ms is the median, its spread the 5th and 95th
+[{model, pattern, context, dropout, remat, unroll, batch_size, attention, tokens_per_s,
+step_ms, step_ms_spread, mfu, memory_gb, command}]}. Rows measured before on the same
+hardware with the same versions stay. step_ms is the median, its spread the 5th and 95th
 percentile; MFU is defined in sparse_flax/flops.py.
 """
 

@@ -3,7 +3,7 @@
     python -m sparse_flax.main --config=configs/books_h200.py --config.data.path=FILE
 
 Not in the paper. Stopped and started again (the same command) it goes on from its last
-checkpoint. 39M parameters, 12,700 steps, 18.5 epochs: in 23 minutes of one H200 1.260
+checkpoint. 40M parameters, 12,700 steps, 18.5 epochs: in 23 minutes of one H200 1.260
 bits per byte of the whole test split of 100 MB of books (one run; RESULTS.md has more).
 """
 

@@ -10,9 +10,9 @@ yet trained to the end. Not in the paper, chosen here: batch size and learning r
 
 Presets:
     shared    all heads use the last slice of each block
-    colab     a quarter of the layers and a third of the context, for Colab's free TPU,
-              one v5e: an epoch. Compiled for one, never run; at a fifth of its peak it
-              would take seven minutes
+    colab     a quarter of the layers and a third of the context, all heads with the
+              last slice, for Colab's free TPU, one v5e: an epoch. Compiled for one,
+              never run; at a fifth of its peak it would take seven minutes
 """
 
 from ml_collections import ConfigDict

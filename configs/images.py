@@ -72,6 +72,6 @@ def shrink(config: ConfigDict) -> None:
     config.optim.ema_decay = 0.99
 
     config.train.batch_size = 32
-    config.train.steps = 2000
+    config.train.steps = 9850
     config.eval.every_steps = 500
     config.checkpoint.every_steps = 500

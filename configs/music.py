@@ -25,8 +25,8 @@ Presets:
                of sound. Compiled for one, never run; at a fifth of its peak it would
                take seven minutes
     short      12 layers of width 256 (10M parameters), the first model's length and
-               stride, for three minutes of one H200: with train.steps=1150, 3.315 bits
-               per byte of the test parts of eight minutes of sound (one run)
+               stride, for three minutes of one H200: 3.315 bits per byte of the test
+               parts of eight minutes of sound (one run)
     small      1.3M parameters, windows of 16,384: models/audio, see models/README.md
 """
 
@@ -78,7 +78,7 @@ def get_config(preset: str = "") -> ConfigDict:
         config.optim.warmup_steps = 50
         config.optim.ema_decay = 0.98
         config.train.batch_size = 8
-        config.train.steps = 2000
+        config.train.steps = 13_980
     if preset == "colab":
         for_colab(config)
     return config
@@ -100,7 +100,7 @@ def hurry(config: ConfigDict) -> None:
     config.optim.ema_decay = 0.99
 
     config.train.batch_size = 4
-    config.train.steps = 1500
+    config.train.steps = 1150
     config.eval.every_steps = 250
     config.checkpoint.every_steps = 250
 

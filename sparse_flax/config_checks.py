@@ -17,7 +17,7 @@ from sparse_flax.model import INITS, REMAT, VOCABULARY
 from sparse_flax.state import WEIGHTS
 
 DTYPES = ("bfloat16", "float16", "float32")
-SPLITS = ("test", "validation")
+EVAL_SPLITS = ("test", "validation")
 KINDS = {"cifar10": "image", "imagenet64": "image", "images": "image", "audio": "audio"}
 SIZES = {"cifar10": 32, "imagenet64": 64}  # of images, where it is given
 BAD_FILES = ("skip", "refuse")
@@ -175,7 +175,7 @@ def _check_choices(config: ConfigDict) -> None:
         ("model.remat", config.model.remat, tuple(REMAT)),
         ("model.attention", config.model.attention, ("", *attention.IMPLEMENTATIONS)),
         ("eval.weights", config.eval.weights, tuple(WEIGHTS)),
-        ("eval.split", config.eval.split, SPLITS),
+        ("eval.split", config.eval.split, EVAL_SPLITS),
         ("data.kind", config.data.kind, ("", *UNITS)),
         ("data.bad_files", config.data.bad_files, BAD_FILES),
     ):

@@ -6,6 +6,7 @@
   files), `resized.py` (ImageNet's npz batches), `arrays.py` (.npy), `pictures.py`
   (files of any format and size).
 - `audio.py`: reads recordings as a stream of mu-law bytes.
+- `split.py`: what the splits are called, and how they are cut from one array.
 - `folder.py`: splits a folder of pictures or recordings, and keeps what was read.
 - `archives.py`: finds, downloads and checks the benchmarks that `bytes.py` reads.
 - `prepare.py`: a command that stores bytes or images as tensorflow-datasets does.

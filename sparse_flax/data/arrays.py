@@ -4,9 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
+from sparse_flax.data.split import SPLITS, carve
 from sparse_flax.errors import UserError
-
-_SPLITS = ("train", "validation", "test")
 
 
 def read(root: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -24,11 +23,9 @@ def read(root: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """
     if root.is_file():
         images_NHWC = array(root, np.uint8, 4)
-        cuts = [len(images_NHWC) * 90 // 100, len(images_NHWC) * 95 // 100]
-        parts = np.split(images_NHWC, cuts)
-        splits, labels = dict(zip(_SPLITS, parts, strict=True)), {}
+        (splits, _), labels = carve(images_NHWC), {}
     else:
-        files = {split: root / f"{split}.npy" for split in _SPLITS}
+        files = {split: root / f"{split}.npy" for split in SPLITS}
         files = {k: file for k, file in files.items() if k == "train" or file.exists()}
         splits = {split: array(file, np.uint8, 4) for split, file in files.items()}
         named = {split: root / f"{split}_labels.npy" for split in files}

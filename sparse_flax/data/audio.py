@@ -25,6 +25,7 @@ from sparse_flax.data import bytes as byte_data
 from sparse_flax.data import folder
 from sparse_flax.data.bytes import Splits
 from sparse_flax.data.folder import BadFileError, Store
+from sparse_flax.data.split import PERCENTS, SPLITS
 from sparse_flax.errors import UserError, one_line
 
 SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus")
@@ -150,9 +151,9 @@ def _levels(
         if not cut:
             yield split, levels
             continue
-        cuts = [size * 90 // 100 - start, size * 95 // 100 - start]
+        cuts = [size * percent // 100 - start for percent in PERCENTS]
         cuts = np.clip(cuts, 0, levels.size)
-        yield from zip(folder.SPLITS, np.split(levels, cuts), strict=True)
+        yield from zip(SPLITS, np.split(levels, cuts), strict=True)
         start += levels.size
 
 

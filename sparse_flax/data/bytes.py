@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from sparse_flax.data import archives, prepared
+from sparse_flax.data.split import carve
 from sparse_flax.errors import UserError
 
 NAMES = ("stdlib", *archives.ARCHIVES, "bytes")
@@ -131,9 +132,9 @@ def _split(name: str, source: str, data: np.ndarray, notice: str = "") -> Splits
             f"{source} holds {data.size} bytes, and its splits of 90, 5 and 5 percent "
             "need at least 2 bytes each; give at least 40 bytes"
         )
-    cuts = [data.size * 90 // 100, data.size * 95 // 100]
     # Keep the mapping but drop the memmap subclass, which is slow to slice.
-    return splits(name, source, np.split(data.view(np.ndarray), cuts), notice)
+    parts, _ = carve(data.view(np.ndarray))
+    return splits(name, source, list(parts.values()), notice)
 
 
 def splits(

@@ -22,15 +22,10 @@ import numpy as np
 
 from sparse_flax.data import archives
 from sparse_flax.data import bytes as byte_data
+from sparse_flax.data.split import ALIASES, PERCENTS, SPLITS
 from sparse_flax.errors import UserError
 
-SPLITS = ("train", "validation", "test")
-SUBFOLDERS = {
-    "train": ("train",),
-    "validation": ("validation", "valid", "val"),
-    "test": ("test",),
-}
-HELD_OUT = {name for split in SPLITS[1:] for name in SUBFOLDERS[split]}
+HELD_OUT = {name for split in SPLITS[1:] for name in ALIASES[split]}
 _FORMAT = 2  # of the cache: another number makes all of it again
 _SHOWN = 20_000_000  # bytes that take so long to read that progress is shown
 
@@ -114,7 +109,7 @@ def files_by_split(root: Path, files: list[Path], what: str) -> dict[str, list[P
     if has_splits(root):
         parts = {
             split: [file for file in files if top[file] == name]
-            for split, names in SUBFOLDERS.items()
+            for split, names in ALIASES.items()
             for name in names[::-1]
             if name in top.values()
         }
@@ -130,7 +125,8 @@ def files_by_split(root: Path, files: list[Path], what: str) -> dict[str, list[P
             f"{root} holds {len(files):,} {what} to train on, and "
             f"{1 + len(missing)} or more are needed; give a folder with more"
         )
-    cuts, last = (0.90, 0.95)[2 - len(missing) :], len(files)
+    cuts = [percent / 100 for percent in PERCENTS][len(PERCENTS) - len(missing) :]
+    last = len(files)
     for place in reversed(range(len(missing))):
         first = sum(_share(root, file) < cuts[place] for file in files)
         # At least one file each, the nearest to the cut.

@@ -22,6 +22,7 @@ import numpy as np
 from sparse_flax.data import arrays, cifar, folder, pictures, prepared, resized
 from sparse_flax.data import bytes as byte_data
 from sparse_flax.data.bytes import Splits
+from sparse_flax.data.split import SPLITS, carve
 from sparse_flax.errors import UserError
 
 HELD_OUT = {"cifar10": 2_000, "imagenet64": 50_000}
@@ -208,16 +209,14 @@ def _images(
 
 def _arrays(name: str, root: Path, size: int) -> Splits:
     parts, _ = arrays.read(root)
-    missing = [split for split in folder.SPLITS if split not in parts]
+    missing = [split for split in SPLITS if split not in parts]
     notice = ""
-    if missing:  # carved as prepared.py does
-        percents = (90, 95)[-len(missing) :]
-        cuts = [len(parts["train"]) * percent // 100 for percent in percents]
-        cut = np.split(parts["train"], cuts)
-        parts |= zip(["train", *missing], cut, strict=True)
+    if missing:
+        cut, percent = carve(parts["train"], missing)
+        parts |= cut
         notice = (
-            f"{root} has no array for {' and '.join(missing)}, so the last "
-            f"{100 - percents[0]}% of train are held out for that"
+            f"{root} has no array for {' and '.join(missing)}, so the last {percent}% "
+            "of train are held out for that"
         )
-    ordered = [parts[split] for split in folder.SPLITS]
+    ordered = [parts[split] for split in SPLITS]
     return _splits(name, str(root), ordered, size, notice)

@@ -23,6 +23,7 @@ from absl import app, flags
 
 from sparse_flax.data import archives, arrays, prepared
 from sparse_flax.data import bytes as byte_data
+from sparse_flax.data.split import SPLITS
 from sparse_flax.errors import UserError, one_line
 
 _NAME = flags.DEFINE_string(
@@ -34,7 +35,6 @@ _DATA_DIR = flags.DEFINE_string(
     "data_dir", "", "Where TFDS has its sets; ~/tensorflow_datasets by default."
 )
 
-_SPLITS = ("train", "validation", "test")
 _PIECE = 1 << 24  # bytes
 
 
@@ -130,7 +130,7 @@ def _bytes(kind: str, path: str, folder: str) -> dict[str, np.ndarray]:
             f"{splits.notice.removeprefix('WARNING: ')}; store it under a name of its "
             f"own with --name=bytes/OTHER --path={path or splits.source}"
         )
-    return {split: getattr(splits, split) for split in _SPLITS}
+    return {split: getattr(splits, split) for split in SPLITS}
 
 
 def _images(path: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

@@ -18,17 +18,13 @@ import numpy as np
 
 from sparse_flax import quiet  # noqa: F401, because it keeps TFDS' chatter off
 from sparse_flax.data import archives
+from sparse_flax.data.split import ALIASES
+from sparse_flax.data.split import carve as carved
 from sparse_flax.errors import UserError, one_line
 
 PREFIX = "tfds:"
 OURS = ("enwik8", "text8", "bytes", "images")  # what `prepare.py` prepares
 
-# For each piece, what sets call the split.
-_SPLITS = {
-    "train": ("train",),
-    "validation": ("validation", "valid", "val"),
-    "test": ("test",),
-}
 _SHOWN = 100_000_000  # bytes that take so long to read that progress is shown
 
 
@@ -282,7 +278,7 @@ def _pieces(builder: Any, read: Callable[[str], np.ndarray], carve: bool) -> Pie
     name, splits = builder.info.full_name, builder.info.splits
     chosen = {
         piece: next((split for split in names if split in splits), "")
-        for piece, names in _SPLITS.items()
+        for piece, names in ALIASES.items()
     }
     if not chosen["train"]:
         raise UserError(
@@ -295,12 +291,11 @@ def _pieces(builder: Any, read: Callable[[str], np.ndarray], carve: bool) -> Pie
     if missing and not carve:
         parts |= dict.fromkeys(missing, train[:0])
     elif missing:
-        percents = (90, 95)[-len(missing) :]
-        cuts = [len(train) * percent // 100 for percent in percents]
-        parts |= zip(["train", *missing], np.split(train, cuts), strict=True)
+        cut, percent = carved(train, missing)
+        parts |= cut
         notices.append(
             f"{name} has no split for {' and '.join(missing)}, so the last "
-            f"{100 - percents[0]}% of its train split are held out for that"
+            f"{percent}% of its train split are held out for that"
         )
     if unread := sorted(set(splits) - set(chosen.values())):
         notices.append(f"{name}: not read is {', '.join(unread)}")
