@@ -80,7 +80,7 @@ class Checkpointer:
         if step not in steps:
             nearest = min(steps, key=lambda there: abs(there - step))
             raise UserError(
-                f"--checkpoint_step={step} is not in {self._directory}, which holds "
+                f"checkpoint_step={step} is not in {self._directory}, which holds "
                 f"{', '.join(map(str, steps))}; try {nearest}"
             )
         return [step]

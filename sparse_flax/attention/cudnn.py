@@ -35,7 +35,7 @@ from sparse_flax.attention.cudnn_calls import (
     SELF,
     TOO_NEW_JAX,
 )
-from sparse_flax.attention.layouts import attend_by, fit, refusal, up
+from sparse_flax.attention.layouts import attend_by, fit, jax_refusal, refusal, up
 from sparse_flax.attention.parts import Part
 from sparse_flax.attention.patterns import Pattern
 from sparse_flax.attention.pieces import Core, Fold
@@ -77,12 +77,8 @@ def supports(pattern: Pattern, q: Any, k: Any, v: Any) -> str | None:
 def supports_parts(some_parts: Sequence[Part], q: Any, k: Any, v: Any) -> str | None:
     """Do as `supports`, for parts."""
     del k
-    if not OLDEST_JAX <= jax.__version_info__ < TOO_NEW_JAX:
-        oldest, too_new = (".".join(map(str, x)) for x in (OLDEST_JAX, TOO_NEW_JAX))
-        return (
-            f"cudnn needs a jax from {oldest} to before {too_new}, whose private calls "
-            f"it knows, and this is {jax.__version__}"
-        )
+    if why := jax_refusal("cudnn", OLDEST_JAX, TOO_NEW_JAX):
+        return why
     if why := refusal("cudnn", q, v):
         return why
     for part in some_parts:

@@ -11,7 +11,19 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 DTYPES = ("bfloat16", "float16")
+Version = tuple[int, int, int] | tuple[int, int]
 WIDEST_HEAD = 128  # of hopper's registers, and of cuDNN on Ampere
+
+
+def jax_refusal(name: str, oldest: Version, too_new: Version) -> str | None:
+    """Return None, or why `name`, which makes private calls, does not take this jax."""
+    if oldest <= jax.__version_info__ < too_new:
+        return None
+    first, after = (".".join(map(str, version)) for version in (oldest, too_new))
+    return (
+        f"{name} needs a jax from {first} to before {after}, whose private calls it "
+        f"knows, and this is {jax.__version__}"
+    )
 
 
 def refusal(name: str, q: Any, v: Any) -> str | None:

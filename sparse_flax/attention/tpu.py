@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_flax.attention import gathered, heads, parts, pieces
-from sparse_flax.attention.layouts import attend_by, fit, up
+from sparse_flax.attention.layouts import attend_by, fit, jax_refusal, up
 from sparse_flax.attention.parts import Part
 from sparse_flax.attention.patterns import Pattern
 from sparse_flax.attention.pieces import Core, Fold
@@ -62,12 +62,8 @@ def supports(pattern: Pattern, q: Any, k: Any, v: Any) -> str | None:
 def supports_parts(some_parts: Sequence[Part], q: Any, k: Any, v: Any) -> str | None:
     """Do as `supports`, for parts."""
     del some_parts, k, v
-    if not OLDEST_JAX <= jax.__version_info__ < TOO_NEW_JAX:
-        oldest, too_new = (".".join(map(str, x)) for x in (OLDEST_JAX, TOO_NEW_JAX))
-        return (
-            f"tpu needs a jax from {oldest} to before {too_new}, whose private calls "
-            f"it knows, and this is {jax.__version__}"
-        )
+    if why := jax_refusal("tpu", OLDEST_JAX, TOO_NEW_JAX):
+        return why
     if np.dtype(q.dtype).name not in DTYPES:
         return (
             f"tpu computes {' and '.join(DTYPES)}, not {q.dtype}; try q, k and v in "

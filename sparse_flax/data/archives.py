@@ -181,9 +181,9 @@ def _fetch(url: str, path: Path) -> str:
 class Progress:
     """One line on a terminal, redrawn; elsewhere one line for every tenth."""
 
-    def __init__(self, url: str, total: int, stream: IO[str]):
+    def __init__(self, label: str, total: int, stream: IO[str]):
         self.done = 0
-        self._label, self._total, self._stream = url, total, stream
+        self._label, self._total, self._stream = label, total, stream
         self._redraws = stream.isatty()
         self._start = self._last_time = time.monotonic()
         self._last_done = 0
