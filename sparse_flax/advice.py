@@ -30,12 +30,13 @@ def what_to_change(
       compiled: what `config` needs.
       measure: compiles a configuration, and says what it tries.
     """
-    limit, setting = budget.usable, ""
+    limit, setting = float(budget.usable), ""
     if budget.highest > limit:
         # Two digits, rounded down, but for what bytes being whole has taken off.
         share = math.floor(100 * budget.highest / budget.total + 1e-6) / 100
         limit, setting = share * budget.total, f"{FRACTION_VARIABLE}={share}"
-    flags, changed, needs = {}, config, compiled
+    flags: Changes = {}
+    changed, needs = config, compiled
     rungs = iter(_rungs(config))
     while needs.total > limit:
         rung = next(rungs, None)

@@ -7,6 +7,7 @@ what was left open and checks everything, in sentences.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -198,14 +199,15 @@ def explain_attention(
         jax.ShapeDtypeStruct((rows, m.context, m.heads, width), m.dtype)
         for width in (K, K, V)
     )
-    kwargs = {"device_kind": device_kind, "implementation": m.implementation}
     turns = config.train.accumulate
-    kwargs["shards"] = mesh.data * mesh.fsdp * turns, mesh.context, mesh.tensor
+    explain = functools.partial(
+        attention.explain,
+        device_kind=device_kind,
+        implementation=m.implementation,
+        shards=(mesh.data * mesh.fsdp * turns, mesh.context, mesh.tensor),
+    )
     try:
-        return [
-            attention.explain(pattern, q, k, v, **kwargs)
-            for pattern in dict.fromkeys(m.patterns)
-        ]
+        return [explain(pattern, q, k, v) for pattern in dict.fromkeys(m.patterns)]
     except ValueError as error:
         raise UserError(f"model.attention: {error}") from None
 
@@ -257,7 +259,7 @@ def changes(
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Turn nested groups into dotted names; tuples become lists, as in JSON."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{name}.")

@@ -94,7 +94,8 @@ def peak(device_kind: str) -> float | None:
 
 def bandwidth(device_kind: str) -> float | None:
     """Return a device's memory bandwidth in bytes/s, or None where we know of none."""
-    return BANDWIDTHS.get(_find(device_kind), 0) * 1e12 or None
+    name = _find(device_kind)
+    return BANDWIDTHS.get(name, 0) * 1e12 or None if name else None
 
 
 def dtype_notice(device_kind: str, dtype: str) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 from ml_collections import ConfigDict
@@ -43,7 +43,7 @@ def run(
         or the mesh not as large as it.
     """
     chips = topology.describe(topology_name) if topology_name else None
-    if chips:
+    if chips and topology_name:
         topology.check_mesh(config, topology_name, len(chips))
     config, notices = finalize(config)
     for notice in notices:
@@ -53,7 +53,7 @@ def run(
         show_costs(config, say, kind)
         say(f"compiling for {len(chips)} x {kind}, which is not here, and not running")
         return show_memory(config, chips, devices.named(kind), say)
-    given = device and devices.named(device)  # before any work
+    given = devices.named(device) if device else None  # before any work
     found = memory.mesh_devices(math.prod(config.mesh[axis] for axis in MESH_AXES))
     budget = given or devices.here()
     if notice := devices.dtype_notice(
@@ -61,7 +61,7 @@ def run(
     ):
         say(f"NOTE: {notice}")
     config_lib.explain_attention(config)  # what is compiled here; or a sentence
-    show_costs(config, say, given and given.device)
+    show_costs(config, say, given.device if given else None)
     return show_memory(config, found, budget, say)
 
 
@@ -169,7 +169,7 @@ def _split(
     return {"activations": max(rest - work, 0), "attention": min(work, rest)}
 
 
-def _say_table(parts: dict[str, float], total: float | None, say: Say) -> None:
+def _say_table(parts: Mapping[str, float], total: float | None, say: Say) -> None:
     say("memory of a device while training:")
     meaning = {
         "parameters": "float32",

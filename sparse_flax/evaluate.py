@@ -6,17 +6,17 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from sparse_flax.model import SparseTransformer
 from sparse_flax.progress import duration
 from sparse_flax.sharding import put_batch, split_batch
 
-Batch = dict[str, np.ndarray]
+Batch = dict[str, Any]  # of arrays
 
 # What bits are counted by, for each data.kind: a dim is a colour of a pixel, one byte.
 UNITS = {"text": "byte", "image": "dim", "audio": "byte"}

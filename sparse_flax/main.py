@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 import re
 import sys
 import traceback
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -144,10 +145,10 @@ def main(argv: list[str]) -> int:
             workdir = _WORKDIR.value or str(
                 Path("samples") / Path(_MODEL.value).resolve().name
             )
-        run = SampleRun(_CONFIG.value, workdir, model=_MODEL.value, say=_say)
-        run.run(_CHECKPOINT_STEP.value)
-        return run.stop.status
-    if _MODE.value == "export":
+        sampler = SampleRun(_CONFIG.value, workdir, model=_MODEL.value, say=_say)
+        sampler.run(_CHECKPOINT_STEP.value)
+        return sampler.stop.status
+    if _MODE.value == "export" and _MODEL.value:
         from sparse_flax import export_run
 
         export_run.run(
@@ -167,7 +168,8 @@ def main(argv: list[str]) -> int:
 
 def default_workdir() -> str:
     """Return runs/<config name>, with the preset where there is one."""
-    path, _, preset = flags.FLAGS["config"].config_filename.partition(":")
+    flag: Any = flags.FLAGS["config"]
+    path, _, preset = flag.config_filename.partition(":")
     name = Path(path).stem + (f"-{preset}" if preset else "")
     return str(Path("runs") / name)
 
@@ -215,7 +217,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         raise UserError(f"--config cannot be read: {text}") from None
     # absl shows INFO by default: at start-up, every accelerator that is not there.
     if flags.FLAGS["verbosity"].using_default_value:
-        flags.FLAGS.verbosity = logging.WARNING
+        flags.FLAGS["verbosity"].value = logging.WARNING
     return rest
 
 
@@ -244,7 +246,8 @@ def _say(line: str) -> None:
 def entry_point() -> None:
     """Run, and answer what the user can put right without a traceback."""
     # A sampled byte or a path that the terminal's encoding lacks is no reason to stop.
-    sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         sys.argv = add_saved_config(sys.argv)  # which ml_collections reads, too
         app.run(_main_and_part, flags_parser=parse_flags)

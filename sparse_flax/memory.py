@@ -93,7 +93,8 @@ def compile_step(config: ConfigDict, devices: list[jax.Device]) -> Compiled:
     """Compile the train step of a finalized configuration for its mesh of devices."""
     sizes = [config.mesh[axis] for axis in MESH_AXES]
     key = jax.random.key(1)  # before the mesh, whose devices may be described only
-    with jax.set_mesh(make_mesh(*sizes, devices=devices)):
+    data, fsdp, tensor, context = sizes
+    with jax.set_mesh(make_mesh(data, fsdp, tensor, context, devices)):
         shape = config.train.batch_size, config.model.context
         tokens_BT = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(2))
         batch = {"inputs_BT": tokens_BT, "targets_BT": tokens_BT}
@@ -105,7 +106,7 @@ def compile_step(config: ConfigDict, devices: list[jax.Device]) -> Compiled:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             return Compiled(math.inf, math.inf)
-    found = compiled.memory_analysis()
+    found: Any = compiled.memory_analysis()
     # The new state takes the place of the old one, which is the alias.
     kept = found.argument_size_in_bytes + found.output_size_in_bytes
     kept -= found.alias_size_in_bytes
@@ -126,17 +127,14 @@ def attention_bytes(config: ConfigDict, device: jax.Device) -> int:
         jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device))
         for x in layer_shapes(config)
     )
+
+    def temporary(pattern: attention.Pattern) -> int:
+        run = functools.partial(_attend_and_back, config.model.attention, pattern)
+        found: Any = jax.jit(run).lower(q, k, v, v).compile().memory_analysis()
+        return found.temp_size_in_bytes
+
     with jax.default_device(device):  # whose implementation is picked
-        return max(
-            jax.jit(
-                functools.partial(_attend_and_back, config.model.attention, pattern)
-            )
-            .lower(q, k, v, v)
-            .compile()
-            .memory_analysis()
-            .temp_size_in_bytes
-            for pattern in set(attention.parse(config.model.patterns))
-        )
+        return max(map(temporary, set(attention.parse(config.model.patterns))))
 
 
 def _attend_and_back(implementation, pattern, q, k, v, d_out):

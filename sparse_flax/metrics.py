@@ -112,6 +112,7 @@ class Events:
             self._file.flush()
 
     def _add(self, step: int, **what: Any) -> None:
+        assert self._file is not None
         self._file.write_event(Event(wall_time=time.time(), step=step, **what))
 
     def close(self) -> None:
@@ -182,7 +183,8 @@ def draw_rows(
     colors: tuple[str, str] = ("#9ab8d8", "#c0392b"),
 ) -> None:
     """Draw bits against steps, training and validation, each in its color."""
-    thin, marked = {"linewidth": 1}, {"linewidth": 1.5, "marker": "o", "markersize": 4}
+    thin: dict[str, Any] = {"linewidth": 1}
+    marked = {"linewidth": 1.5, "marker": "o", "markersize": 4}
     for split, color, style in zip(
         ("train", "validation"), colors, (thin, marked), strict=True
     ):

@@ -34,6 +34,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -201,8 +202,15 @@ class SparseTransformer(nnx.Module):
         if isinstance(prompts, bytes | str):
             raise ValueError(f"prompts={prompts[:20]!r} is one prompt; give a list")
         given = [generate.as_bytes(prompt) for prompt in prompts]
-        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        sampled = generate.generate(self, given, count, seed=seed, **options)
+        sampled = generate.generate(
+            self,
+            given,
+            count,
+            seed=seed,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+        )
         return np.frombuffer(b"".join(sampled), np.uint8).reshape(len(given), count)
 
     def embed(self, inputs_BT: jax.Array) -> jax.Array:
@@ -233,7 +241,7 @@ class SparseTransformer(nnx.Module):
         """Sum one row of each table per token: the digits of its mixed-radix index."""
         shape, D = self.config.position_shape, self.config.width
         rows = max(-(-T // math.prod(shape[1:])), 1)
-        total = 0.0
+        total: Any = 0.0
         for axis, table_ND in enumerate(self.positions_ND):
             ones = [1] * len(shape)
             table_ND = whole(table_ND[...])
@@ -286,6 +294,7 @@ class SparseTransformer(nnx.Module):
             )
             return x_BTD
         # Split, not indexed: the gradients are then put together once, not added up.
+        structure: Any
         leaves, structure = jax.tree.flatten((blocks, layers))
         for turn in zip(
             *(jax.lax.split(x, (1,) * cycles) for x in leaves), strict=True

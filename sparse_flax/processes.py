@@ -156,7 +156,7 @@ def detect() -> tuple[str, int, int, list[int] | None] | None:
             f"this looks like one of several hosts, but which cannot be found out "
             f"({what}); set {', '.join(OWN)}, or --distributed=off for this host alone"
         ) from error
-    if None in (address, number, process):
+    if address is None or number is None or process is None:
         return None
     return address, number, process, list(local) if local else None
 

@@ -65,8 +65,8 @@ def given(config: ConfigDict, context: int) -> Given:
             )
         prompts = [levels[:first].tobytes()] * options.number
         return Given(prompts, count, options.prompt_file)
-    whole, *source = held_out(config, context)
-    return Given([row[:first].tobytes() for row in whole], count, *source)
+    whole, source, digest = held_out(config, context)
+    return Given([row[:first].tobytes() for row in whole], count, source, digest)
 
 
 def _seconds(samples: int, rate: int) -> float:

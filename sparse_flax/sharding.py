@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
@@ -34,7 +34,7 @@ from sparse_flax.errors import UserError
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 
 # The table. A letter that is not here is on every device.
-ACTIVATION_AXES = {
+ACTIVATION_AXES: dict[str, str | tuple[str, ...] | None] = {
     "B": ("data", "fsdp"),
     "T": "context",
     "H": "tensor",
@@ -146,7 +146,7 @@ def put_batch(batch: Any, B: int | None = None) -> Any:
     def place(x: np.ndarray) -> jax.Array:
         rows = np.arange(len(x)) if own is None else own
 
-        def piece(index: tuple[slice, ...]) -> np.ndarray:
+        def piece(index: Any) -> np.ndarray:
             wanted = np.arange(B or len(x))[index[0]]
             return x[np.searchsorted(rows, wanted)][:, *index[1:]]
 
@@ -173,7 +173,9 @@ def own_rows(B: int) -> np.ndarray:
 
 def batch_sharding(dimensions: int) -> NamedSharding:
     """Return how the mesh holds an array [B] or [B, T]."""
-    return NamedSharding(jax.sharding.get_mesh(), activation("BT"[:dimensions]))
+    spec = activation("BT"[:dimensions])
+    assert spec is not None, "a mesh is set"
+    return NamedSharding(jax.sharding.get_mesh(), spec)
 
 
 def batch_rows(B: int) -> jax.Array:
@@ -200,7 +202,7 @@ def split_batch(batch: Any, parts: int) -> Any:
 def batch_shards() -> int:
     """Return over how many pieces the mesh splits a batch; 1 without a mesh."""
     shape = jax.sharding.get_abstract_mesh().shape
-    return math.prod(shape.get(axis, 1) for axis in _axes.get()["B"])
+    return math.prod(shape.get(axis, 1) for axis in _axes.get()["B"] or ())
 
 
 def whole(x: jax.Array) -> jax.Array:
@@ -210,7 +212,7 @@ def whole(x: jax.Array) -> jax.Array:
     return jax.sharding.reshard(x, P())
 
 
-def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
+def parameter_shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Return a NamedSharding for each leaf, from the letters that end its name.
 
     `blocks.up_DF` has the letters DF, and a leading layer dimension: leading dimensions

@@ -6,6 +6,7 @@ import importlib.util
 import math
 import os
 import re
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -43,7 +44,7 @@ def describe(name: str) -> list[jax.Device]:
         )
     from jax.experimental import topologies  # which nothing else needs
 
-    options = {}
+    options: dict[str, Any] = {}
     if math.prod(map(int, found[2].split("x"))) == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
     if found[1] == "v4":  # both cores of a chip are one device, as on a real one

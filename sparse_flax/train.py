@@ -103,6 +103,7 @@ class Trainer:
                 )
                 optimizer = optim.make_optimizer(self.config.optim)
                 args = self.model_config, optimizer, init_key
+                self.state: Any
                 restored = self.checkpoints.restore_latest(state.abstract(*args))
                 self.step, self.state = restored or (
                     0,
@@ -132,8 +133,8 @@ class Trainer:
             )
             opened.callback(self.metrics.close)
             kind = jax.devices()[0].device_kind
-            notices.append(devices.dtype_notice(kind, self.config.model.dtype))
-            for notice in filter(None, [*notices, self.splits.notice]):
+            told = [*notices, devices.dtype_notice(kind, self.config.model.dtype)]
+            for notice in filter(None, [*told, self.splits.notice]):
                 say(f"NOTE: {notice}")
             for change in changed:
                 say(f"changed since the last run: {change}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,7 +26,7 @@ NVIDIA_OPTIONS = {
 }
 
 
-def make_train_step(config: ConfigDict, dropout_key: jax.Array) -> Callable:
+def make_train_step(config: ConfigDict, dropout_key: jax.Array) -> Any:
     """Return the jitted step (state, batch) -> (state, metrics); it donates state."""
     optimizer = optim.make_optimizer(config.optim)
     schedule = optim.make_schedule(

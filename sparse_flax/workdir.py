@@ -24,7 +24,7 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ml_collections import ConfigDict
 
@@ -86,7 +86,7 @@ class RunFolder:
             lines.append(f"data: {before['source']} -> {splits.source}, same bytes")
         return lines
 
-    def saved(self) -> dict[str, Any] | None:
+    def saved(self) -> Any:
         """Return what `WorkDir.save_config` wrote; None if nothing yet."""
         return read_record(self.path / "config.json", RUN, {"data", "config"})
 
@@ -104,7 +104,8 @@ class WorkDir(RunFolder):
           UserError: it cannot be written to, holds something else, is in use, or is
             another folder on another host.
         """
-        self.path, self._lock = _local(path), None
+        self.path = _local(path)
+        self._lock: IO[str] | None = None
         try:
             with processes.first_before_the_rest():
                 if processes.is_first():

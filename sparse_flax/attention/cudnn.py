@@ -221,7 +221,7 @@ def parts_gradients(
     args = _of_one_width(q_BTHK, k_BTHK, v_BTHV)
     out, d_out = (fit(x, args[0].shape[3], 3) for x in (out, d_out))
     what = Union(tuple(some_parts), scale, core)
-    gradients = pieces.backward(what, *args, out, lse_BTH, d_out)
+    gradients = pieces.backward(what, *(*args, out, lse_BTH, d_out))
     widths = (x.shape[3] for x in (q_BTHK, k_BTHK, v_BTHV))
     return tuple(x[..., :n] for x, n in zip(gradients, widths, strict=True))
 

@@ -186,13 +186,12 @@ def _attend(q_BHK, pieces, scale: float) -> jax.Array:
         values.append(kv_BHGSW[..., K:])
     weights_BHGS = jax.nn.softmax(jnp.concatenate(logits, axis=-1))
     ends = np.cumsum([seen_S.size for _, seen_S in pieces])[:-1]
-    out_BHGV = sum(
+    split = jnp.split(weights_BHGS, ends, axis=-1)
+    outs = [
         jnp.sum(weights[..., None] * value, axis=-2)
-        for weights, value in zip(
-            jnp.split(weights_BHGS, ends, axis=-1), values, strict=True
-        )
-    )
-    return out_BHGV.reshape(B, H, -1)
+        for weights, value in zip(split, values, strict=True)
+    ]
+    return sum(outs[1:], start=outs[0]).reshape(B, H, -1)
 
 
 def _dot(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -87,7 +87,9 @@ def sparse_attention(
     layout = _layout(q_BTHK, k_BTHK, v_BTHV, pattern)
     devices = layout.devices(1)
     args = [layout.shard(x) for x in (q_BTHK, k_BTHK, v_BTHV)]
-    choice = _pick(implementation, target_device_kind(), pattern, *args, devices)
+    choice = _pick(
+        implementation, target_device_kind(), pattern, *args, devices=devices
+    )
     if choice.passed_over:
         _warn_once(f"{pattern} runs {choice.name}, since {choice.passed_over}")
     module = IMPLEMENTATIONS[choice.name]
@@ -178,7 +180,7 @@ def explain(
     if all(isinstance(x, jax.Array) for x in (q, k, v)):
         layout = _layout(q, k, v, pattern)
         if layout.mesh is not None:
-            shards = tuple(layout.devices(dimension) for dimension in range(3))
+            shards = layout.devices(0), layout.devices(1), layout.devices(2)
     q, k, v = (_as_struct(x) for x in (q, k, v))
     _check(q, k, v)
     device_kind = device_kind or target_device_kind()
@@ -192,7 +194,7 @@ def explain(
         for x in (q, k, v)
         for width in x.shape[3:]
     )
-    choice = _pick(implementation, device_kind, pattern, *shard, shards[1])
+    choice = _pick(implementation, device_kind, pattern, *shard, devices=shards[1])
     (B, T, H, K), V = q.shape, v.shape[-1]
     period = pattern.head_period
     pairs = B * sum(pattern.pairs(T, head % period) for head in range(H))
@@ -226,7 +228,8 @@ def _pick(
     q: Any,
     k: Any,
     v: Any,
-    devices: int = 1,
+    *,
+    devices: int,
 ) -> _Choice:
     """Pick for the arrays of one device, of `devices` that hold a sequence."""
 
@@ -236,7 +239,7 @@ def _pick(
         return parallel.supports(module, pattern, q, k, v, devices)
 
     if implementation is None:
-        passed_over = []
+        passed_over: list[str] = []
         for name, module in IMPLEMENTATIONS.items():
             if module.runs_on(device_kind):
                 continue

@@ -136,7 +136,7 @@ def _full(core: parts.Full, q, k, v, scale):
     return _walk(q, k, v, lambda i: jnp.bool(True), scale, ROWS)
 
 
-CORES = {
+CORES: dict[type, Callable[..., tuple[jax.Array, jax.Array]]] = {
     parts.Causal: _causal,
     parts.Window: _window,
     parts.BlockCausal: _block_causal,

@@ -23,7 +23,7 @@ def by_period(
     if period == 1:
         return run(q_BTHK, k_BTHK, v_BTHV, 0)
     group = H // k_BTHK.shape[2]
-    outs = {}
+    outs: dict[int, jax.Array] = {}
     for first in range(min(period, H)):
         heads = range(first, H, period)
         k, v = (_key_heads(x, heads, group) for x in (k_BTHK, v_BTHV))

@@ -104,6 +104,7 @@ class Halo(Share):
     def reach(self) -> int:
         """Keys before the shard."""
         (band,) = self.parts
+        assert isinstance(band, parts.Band)
         return min(band.width - 1, (self.axis.size - 1) * self.axis.tokens)
 
     @property

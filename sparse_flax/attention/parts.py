@@ -28,7 +28,6 @@ the folded view as before it: (s*H + h) // G = s*H_kv + h // G.
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +77,10 @@ Core = Causal | Window | BlockCausal | Diagonal | Full
 class Part:
     """One disjoint piece of a pattern; the base class folds nothing."""
 
-    core: Core
+    @property
+    def core(self) -> Core:
+        """What computes it on the folded view."""
+        raise NotImplementedError
 
     def fold_q(self, x_BTHK: jax.Array) -> jax.Array:
         """Lay queries, or anything with a row for each query, out for the core."""
@@ -106,7 +108,10 @@ class Part:
 class All(Part):
     """Every earlier key and the query's own."""
 
-    core: ClassVar[Core] = Causal()
+    @property
+    def core(self) -> Core:
+        """Causal()."""
+        return Causal()
 
     def pairs(self, T: int) -> int:
         """T (T + 1) / 2."""
@@ -184,7 +189,11 @@ class OwnBlock(Part):
     """Keys up to the query's own in its block of `size`; blocks join the batch."""
 
     size: int
-    core: ClassVar[Core] = Causal()
+
+    @property
+    def core(self) -> Core:
+        """Causal()."""
+        return Causal()
 
     def fold_q(self, x_BTHK: jax.Array) -> jax.Array:
         """(B, T, H, K) -> (B*R, S, H, K)."""
@@ -251,7 +260,10 @@ class Summaries(Part):
 class Self(Part):
     """The query's own key, where no other part holds it."""
 
-    core: ClassVar[Core] = Diagonal()
+    @property
+    def core(self) -> Core:
+        """Diagonal()."""
+        return Diagonal()
 
     def pairs(self, T: int) -> int:
         """One a query."""
@@ -269,7 +281,10 @@ class Everything(Part):
     In no pattern: what parallel.py makes of keys that other devices hold.
     """
 
-    core: ClassVar[Core] = Full()
+    @property
+    def core(self) -> Core:
+        """Full()."""
+        return Full()
 
 
 def _triangle(n: int) -> int:

@@ -32,8 +32,13 @@ class Core(NamedTuple):
 class Piece(Protocol):
     """A re-layout around one call. Queries that `fold_q` leaves out see nothing."""
 
-    fold_q: Fold
-    fold_kv: Fold
+    @property
+    def fold_q(self) -> Fold:
+        """Of queries."""
+
+    @property
+    def fold_kv(self) -> Fold:
+        """Of keys and values."""
 
 
 class Union(Protocol):
@@ -69,7 +74,7 @@ def _unfold(piece: Piece, q, x):
 
 def backward(what: Union, q, k, v, out, lse, d_out):
     """Return (dq, dk, dv), given what `forward` returned."""
-    total = [0.0, 0.0, 0.0]
+    total: list = [0.0, 0.0, 0.0]
     for piece, core, args in what.calls(q):
         folds = piece.fold_q, piece.fold_kv, piece.fold_kv
         folded = [jax.vjp(f, x) for f, x in zip(folds, (q, k, v), strict=True)]

@@ -213,21 +213,22 @@ def groups(pattern: Pattern, T: int, H: int, group: int) -> list[Heads]:
     """Group the query heads of H by what they keep, `group` of them a key head."""
     alike: dict[tuple[Part, ...], dict[int, int]] = {}
     for head in range(H):
-        offset, manner = 0, []
+        offset = 0
+        manner: list[Part] = []
         for part in pattern.parts(head):
             if isinstance(part, parts.Summaries):
                 part, offset = dataclasses.replace(part, offset=0), part.offset
             manner.append(part)
         alike.setdefault(tuple(manner), {})[head] = offset
     found = []
-    for manner, offset_of in alike.items():
+    for same, offset_of in alike.items():
         queries, offsets = tuple(offset_of), tuple(offset_of.values())
         keys = tuple(head // group for head in queries)
         if len(queries) == H and len(set(offsets)) == 1:
             # Query heads can share their key head only if all of them keep the same.
             keys = tuple(range(H // group))
             offsets = offsets[: len(keys)]
-        found.append(Heads(_store(manner, offsets, T), queries, keys))
+        found.append(Heads(_store(same, offsets, T), queries, keys))
     return found
 
 
@@ -242,14 +243,13 @@ def _store(manner: tuple[Part, ...], offsets: tuple[int, ...], T: int) -> Store:
         )
     if every:
         return Tokens(manner, T)
-    is_slices = [isinstance(part, parts.Summaries) for part in manner]
     rings = [
-        Ring(part, T) for part, last in zip(manner, is_slices, strict=True) if not last
+        Ring(part, T)
+        for part in manner
+        if isinstance(part, parts.Band | parts.OwnBlock | parts.Self)
     ]
     slices = [
-        Slices(part, offsets, T)
-        for part, last in zip(manner, is_slices, strict=True)
-        if last
+        Slices(part, offsets, T) for part in manner if isinstance(part, parts.Summaries)
     ]
     return Latest((*rings, *(section for section in slices if section.places)))
 

@@ -145,6 +145,7 @@ class Union:
 def _pieces(part: Part, T: int) -> Iterator[Piece]:
     """Split a part into disjoint pieces."""
     if not isinstance(part, parts.Band):
+        assert isinstance(part.core, parts.Causal)
         yield Piece(part.fold_q, part.fold_kv, Seen(-int(part.core.strict)))
         return
     width = min(part.width, T)

@@ -182,11 +182,11 @@ class Progress:
     """One line on a terminal, redrawn; elsewhere one line for every tenth."""
 
     def __init__(self, label: str, total: int, stream: IO[str]):
-        self.done = 0
+        self.done = 0.0  # bytes
         self._label, self._total, self._stream = label, total, stream
         self._redraws = stream.isatty()
         self._start = self._last_time = time.monotonic()
-        self._last_done = 0
+        self._last_done = 0.0
 
     def advance(self, count: float) -> None:
         """Add bytes that are done, and draw the line when it is due."""

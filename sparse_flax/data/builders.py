@@ -22,7 +22,7 @@ _SHARD = 1 << 28  # bytes of a file, about
 _BATCH = 1 << 24  # bytes that are written at a time, about
 
 
-class _Arrays(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class _Arrays(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Store arrays, one for each split.
 
     Args:
@@ -88,7 +88,7 @@ class _Arrays(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             self.download_and_prepare()
 
 
-class Bytes(_Arrays, skip_registration=True):
+class Bytes(_Arrays, skip_registration=True):  # type: ignore[call-arg]
     """A stream of bytes in records of 1 MiB, the last of each split shorter."""
 
     DESCRIPTION = "A stream of bytes: the records of a split one after the other."
@@ -109,19 +109,19 @@ class Bytes(_Arrays, skip_registration=True):
             self._progress.advance(record.size)
 
 
-class Enwik8(Bytes, skip_registration=True):
+class Enwik8(Bytes, skip_registration=True):  # type: ignore[call-arg]
     """The first 100,000,000 bytes of a dump of the English Wikipedia."""
 
     DESCRIPTION = "The first 100,000,000 bytes of the English Wikipedia of 2006-03-03."
 
 
-class Text8(Bytes, skip_registration=True):
+class Text8(Bytes, skip_registration=True):  # type: ignore[call-arg]
     """The first 100,000,000 characters of that dump's text, cleaned."""
 
     DESCRIPTION = "The first 100,000,000 characters of fil9, cleaned from Wikipedia."
 
 
-class Images(_Arrays, skip_registration=True):
+class Images(_Arrays, skip_registration=True):  # type: ignore[call-arg]
     """Images of one shape, with integer labels where there are some.
 
     Args:

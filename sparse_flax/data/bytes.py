@@ -169,7 +169,13 @@ def splits(
                 progress.advance(min(_CHUNK, flat.size - start))
     if size > _SHOWN:
         progress.finish()
-    return Splits(name, source, *parts, digest.hexdigest(), notice, published or {})
+    train, validation, test = parts
+    return Splits(
+        *(name, source, train, validation, test),
+        digest.hexdigest(),
+        notice,
+        published or {},
+    )
 
 
 def _compression(path: Path) -> str:

@@ -7,12 +7,13 @@ test_index.npy: the official number of each.
 
 from __future__ import annotations
 
+import functools
 import io
 import pickle
 import tarfile
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 
@@ -100,14 +101,14 @@ def _arrays(place: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _members(path: Path) -> dict[str, Callable[[], bytes]]:
     """Read the parts in an archive, by name; nothing is unpacked to disk."""
-    found = {}
+    found: dict[str, Callable[[], bytes]] = {}
     try:
         with tarfile.open(path) as archive:
             for member in archive:
                 name = PurePosixPath(member.name).name
                 if name in _NAMES and member.isreg() and member.size < _LARGEST:
-                    content = archive.extractfile(member).read()
-                    found[name] = lambda content=content: content
+                    content = cast(IO[bytes], archive.extractfile(member)).read()
+                    found[name] = functools.partial(bytes, content)
     # A damaged one may raise whatever the decompressor does.
     except Exception as error:
         raise UserError(

@@ -174,7 +174,8 @@ def read(
     """
 
     def write(store: Store) -> dict[str, Any]:
-        left_out, remarks = [], {}
+        left_out: list[list[str]] = []
+        remarks: dict[str, int] = {}
         every = [(split, file) for split in parts for file in parts[split]]
         size = sum(file.stat().st_size for _, file in every)
         progress = archives.Progress(f"reading {root}", size, sys.stderr)
@@ -284,7 +285,9 @@ def cached(
             f"{root} ({error.strerror or error}); free some space or pass "
             "--config.data.folder=DIR with a folder that can be written to"
         ) from error
-    return _open(root)
+    made_or_found = _open(root)
+    assert made_or_found is not None
+    return made_or_found
 
 
 def _open(root: Path) -> tuple[list[np.ndarray], dict[str, Any]] | None:

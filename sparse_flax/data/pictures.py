@@ -81,7 +81,8 @@ def _convert(image: Image.Image, size: int) -> tuple[np.ndarray, list[str]]:
             f"has {width:,} x {height:,} pixels, and {LARGEST:,} in all are the most "
             "that are read"
         )
-    if any(map(_is_deep, image.tile)) or image.mode.startswith(("I", "F")):
+    tiles = getattr(image, "tile", [])
+    if any(map(_is_deep, tiles)) or image.mode.startswith(("I", "F")):
         raise BadFileError("has colours of more than 8 bits; save it with 8")
     # Phones put a preview or a second view behind the picture: that format is MPO.
     if getattr(image, "is_animated", False) and image.format != "MPO":
@@ -99,7 +100,7 @@ def _convert(image: Image.Image, size: int) -> tuple[np.ndarray, list[str]]:
     image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        if image.getextrema()[3][0] < 255:
+        if np.asarray(image)[..., 3].min() < 255:
             remarks.append("that are partly transparent, which are laid over white")
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -95,9 +96,7 @@ def _some(numbers: list[int], chosen: Sequence[int] | None) -> list[int]:
     return [numbers[place] for place in places]
 
 
-def _position(
-    content: bytes | np.ndarray, position: int | Sequence[int] | None, kind: str
-) -> int | None:
+def _position(content: bytes | np.ndarray, position: Any, kind: str) -> int | None:
     """Return the position as one number, with the middle of an image for None."""
     if kind != "image":
         if position is not None and np.ndim(position):
@@ -113,7 +112,7 @@ def _position(
             "[S, S, 3]"
         )
     if position is None:
-        position = (size // 2, size // 2)
+        return (size // 2 * size + size // 2) * 3
     if not np.ndim(position):
         return position
     place = [*position, 0] if len(position) == 2 else list(position)

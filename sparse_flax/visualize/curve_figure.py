@@ -66,7 +66,8 @@ def curves(runs: Runs, *, first: int = 0) -> Figure:
     axes = figure.subplots()
     for n, (name, rows) in enumerate(drawn.items()):
         color = COLORS[n % len(COLORS)]
-        light = to_hex([TRAIN + (1 - TRAIN) * x for x in to_rgb(color)])
+        red, green, blue = (TRAIN + (1 - TRAIN) * x for x in to_rgb(color))
+        light = to_hex((red, green, blue))
         draw_rows(axes, rows, name, (light, color))
     unit = next(iter(units.values()), None)
     axes.set(xlabel="step", ylabel=f"bits per {unit}" if unit else "bits")

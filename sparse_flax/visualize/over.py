@@ -78,7 +78,7 @@ class OverText:
             for n, (x, y) in self.places.items()
             if n < content_N.size and content_N[n] != ord(" ")
         ]
-        outlines = [path for path in outlines if len(path.vertices)]
+        outlines = [path for path in outlines if np.size(path.vertices)]
         self.outline = Path.make_compound_path(*outlines) if outlines else None
 
     def _lay_out(self) -> tuple[dict[int, tuple[float, float]], int]:
@@ -156,8 +156,9 @@ class OverSound:
         power, _, _ = mlab.specgram(
             samples, NFFT=window, Fs=rate, noverlap=window * 3 // 4
         )
-        level = 10 * np.log10(power + 1e-12)
-        self.scale = Normalize(*np.percentile(level, [20, 99.5]), clip=True)
+        level = 10 * np.log10(np.asarray(power) + 1e-12)
+        dark, light = np.percentile(level, [20, 99.5])
+        self.scale = Normalize(dark, light, clip=True)
         self.level = level
 
     def draw(self, axes, w_N: np.ndarray) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 
@@ -25,14 +25,15 @@ from sparse_flax.attention.layouts import (
     sum_groups,
     up,
 )
-from sparse_flax.attention.patterns import Blocks, Pattern, Summaries
+from sparse_flax.attention.patterns import Blocks, Fixed, Summaries
 
 BLOCKS = (64, 128, 256)
+Own: TypeAlias = Blocks | Summaries | Fixed  # the patterns that it computes
 SUMMARIES = (8, 16, 32, 64, 128, 256)
 LARGEST_WIDE_BLOCK = 128  # where K or V is over 64: what fits a block's memory
 
 
-def supports(pattern: Pattern, q: Any, k: Any, v: Any) -> str | None:
+def supports(pattern: Own, q: Any, k: Any, v: Any) -> str | None:
     """Return None, or the sentence that says what does not fit."""
     widest = max(q.shape[3], v.shape[3])
     blocks = [x for x in BLOCKS if widest <= M or x <= LARGEST_WIDE_BLOCK]
@@ -50,7 +51,7 @@ def attend(
     q_BTHK: jax.Array,
     k_BTHK: jax.Array,
     v_BTHV: jax.Array,
-    pattern: Pattern,
+    pattern: Own,
     scale: float,
     interpret: bool = False,
 ) -> jax.Array:
@@ -105,9 +106,7 @@ class FixedPlan:
     blocks: Cut
 
     @classmethod
-    def of(
-        cls, pattern: Pattern, width: int, scale: float, interpret: bool
-    ) -> FixedPlan:
+    def of(cls, pattern: Own, width: int, scale: float, interpret: bool) -> FixedPlan:
         """Read the walk off a pattern, and choose the cuts.
 
         Those of width 64 are the fastest seen at 12,288 tokens, block 128 and summary

@@ -135,14 +135,14 @@ def _widened(q, k, v) -> list[jax.Array]:
 def _forward(halves: Halves, q, k, v):
     """Return (out_BTHV, lse), a `by_token` one as (B, H, T)."""
     T, H = q.shape[1:3]
-    window, stride, run = halves.window, halves.stride, {"interpret": halves.interpret}
+    window, stride = halves.window or 0, halves.stride or 0
+    run: dict[str, Any] = {"interpret": halves.interpret}
     init = None
     if stride:
         folded, strict = [_fold(x, stride) for x in (q, k, v)], halves.strict
         if _column_fits(*folded):
             out, lse = columns.forward(
-                *folded,
-                halves.scale,
+                *(*folded, halves.scale),
                 heads=H,
                 strict=strict,
                 by_token=halves.by_token,
@@ -152,7 +152,7 @@ def _forward(halves: Halves, q, k, v):
                 lse = lse[:, :, :T]
         else:
             out, lse = span_forward.forward(
-                *folded, halves.scale, Span(int(strict)), **run
+                *(*folded, halves.scale, Span(int(strict))), **run
             )
             if halves.by_token:
                 lse = _by_token(lse, stride, T)
@@ -166,20 +166,24 @@ def _forward(halves: Halves, q, k, v):
     padded = up(T, tiles.M * warpgroups)
     if init:
         init = fit(init[0], padded, 1), fit(init[1], padded, 2)
-    args = [fit(x, padded, 1) for x in (q, k, v)]
+    args: list[Any] = [fit(x, padded, 1) for x in (q, k, v)]
+    args.append(halves.scale)
     if on_chip:
-        out, lse = band.forward(*args, halves.scale, window, init=init, **run)
+        args.append(window)
+        out, lse = band.forward(*args, init=init, **run)
     else:
-        span = Span(window=window)
-        out, lse = span_forward.forward(*args, halves.scale, span, init=init, **run)
+        args.append(Span(window=window))
+        out, lse = span_forward.forward(*args, init=init, **run)
     return out[:, :T], lse[:, :, :T]
 
 
 def _backward(halves: Halves, q, k, v, out, lse, d_out):
     """Return (dq, dk, dv), given what `_forward` returned."""
     T, H = q.shape[1:3]
-    window, stride, run = halves.window, halves.stride, {"interpret": halves.interpret}
-    into = delta = None
+    window, stride = halves.window or 0, halves.stride or 0
+    run: dict[str, Any] = {"interpret": halves.interpret}
+    into: Any = None
+    delta: Any = None
     if stride:
         folded = [_fold(x, stride) for x in (q, k, v, out, d_out)]
         strict = halves.strict
@@ -209,7 +213,7 @@ def _backward(halves: Halves, q, k, v, out, lse, d_out):
         delta = row_products(out, d_out)
     if window:
         padded = up(T, tiles.M)
-        args = [fit(x, padded, 1) for x in (q, k, v, d_out)]
+        args: list[Any] = [fit(x, padded, 1) for x in (q, k, v, d_out)]
         args += [fit(x, padded, 2) for x in (lse, delta)]
         if into:
             into = [fit(x, padded, 1) for x in into]

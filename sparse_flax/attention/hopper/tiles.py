@@ -37,7 +37,10 @@ def swizzled(shape: tuple[int, ...], dtype, beside: int = 0):
     other if that may be 32.
     """
     n = NARROW if NARROW in (shape[-1], beside) else M
-    transforms = (plgpu.TilingTransform((8, n)), plgpu.SwizzleTransform(2 * n))
+    transforms = (
+        plgpu.TilingTransform((8, n)),  # type: ignore[abstract]
+        plgpu.SwizzleTransform(2 * n),  # type: ignore[abstract]
+    )
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
@@ -139,7 +142,7 @@ def add_key_gradients(
     slopes: Callable,
     dtype,
     interpret: bool,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     """Return (dv + p @ d_out, dk + ds @ q) of 64 keys by 64 queries.
 
     operands() is (k, v, q, d_out) in shared memory: a function, as in `accumulate`.
