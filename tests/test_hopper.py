@@ -8,6 +8,7 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -21,6 +22,7 @@ from sparse_flax.attention import (
     Strided,
     dispatch,
     explain,
+    gathered,
     hopper,
     reference,
     sparse_attention,
@@ -233,6 +235,9 @@ def test_the_fastest_is_picked_and_what_falls_back_says_so_once():
             "bfloat16",
             "no kernels for Dense",
         ),
+        (Local(128), (1, 2**22, 1, 64), "bfloat16", "1 sequences of 4194304 tokens"),
+        (Columns(1024), (32, 266_240, 16, 32), "bfloat16", "try fewer at a time"),
+        (Fixed(64, 8), (2**16, 64, 1, 64), "bfloat16", "over 65536 sequences"),
     ],
     ids=str,
 )
@@ -243,6 +248,31 @@ def test_what_is_refused_by_name_says_why(pattern, shape, dtype, says):
     assert says in str(error.value) and "\n" not in str(error.value)
     told = explain(pattern, q, q, q, device_kind=H200)
     assert told.implementation != "hopper" and says in told.reason
+
+
+@needs_new_jax
+def test_what_vmap_makes_too_many_is_a_sentence():
+    q = jax.ShapeDtypeStruct((2**15, 2, 64, 1, 64), jnp.bfloat16)
+    run = functools.partial(hopper.attend, pattern=Local(128), scale=0.125)
+    with pytest.raises(ValueError, match=r"takes up to 65535 .* fewer sequences"):
+        jax.eval_shape(jax.vmap(run), q, q, q)
+
+
+@needs_new_jax
+@pytest.mark.slow
+@pytest.mark.parametrize(("window", "width"), [(128, 64), (70, 32)])
+def test_a_walk_that_refills_its_buffers_is_the_other_kernel_s_gradient(window, width):
+    """With ten query tiles a block; fewer would do for so short a sequence."""
+    from sparse_flax.attention.hopper import band, band_walk
+
+    q, k, v, d_out = inputs((1, 640, 1, 1, width, width), "float16")
+    out, lse = gathered.attend_parts(q, k, v, Local(window).parts(), 0.125)
+    delta = jnp.sum(out * d_out, axis=-1).swapaxes(1, 2)
+    args = q, k, v, d_out, lse.swapaxes(1, 2), delta, 0.125, window
+    want = band.backward(*args, interpret=True)
+    got = band_walk.backward(*args, each=10, interpret=True)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-3, rtol=2e-3)
 
 
 @needs_new_jax

@@ -213,7 +213,7 @@ def backward(
     dq from the keys before them, then dk and dv from the queries after them. No two
     blocks write the same place, so results repeat bit for bit.
 
-    For windows of up to 128 and T a multiple of 64; `band_ring` takes wider ones.
+    For windows from 2 to 128 and T a multiple of 64; `band_ring` takes wider ones.
     """
     (B, T, H, K), V, dtype = q_BTHK.shape, v_BTHV.shape[-1], q_BTHK.dtype
     group = H // k_BTHK.shape[2]

@@ -22,7 +22,8 @@ from sparse_flax.attention.hopper.tiles import LAYOUT, LOG2E, M
 # ever for its last queries: they are loaded by who begins a chunk that it lacks.
 STAGES = 3
 DELTAS = 4  # rows of delta: one more, as they are made before a step is over for all
-# Blocks that run at a time, one a multiprocessor: H100 and H200 have as many.
+# Blocks that run at a time, one a multiprocessor: H100 SXM and H200 have as many. On
+# others (H100 PCIe: 114, H20: 78) the last wave is less full.
 BLOCKS = 132
 
 
@@ -255,6 +256,9 @@ def backward(
                     half = used.at[lax.rem(jnp.maximum(n - last, 0), 2)]
                     pl.when(n >= last)(functools.partial(plgpu.barrier_wait, half))
 
+            # dq of other warpgroups has read this chunk of keys: they arrived at
+            # `slopes` after it, and all arrivals there have just been waited for;
+            # behind the last query tile, those at `used`.
             @pl.when(own_key)
             def _():
                 leave(d_key * scale, ks.at[buffer], 1, i)
@@ -283,6 +287,8 @@ def backward(
         tiles.swizzled((room, M, V), dtype),
         tiles.swizzled((2 * W, M, M), dtype, beside=K),
         *(plgpu.SMEM((n, M), jnp.float32) for n in (STAGES, DELTAS)),
+        # Of chunks, `room` of them under way at once: no barrier may complete twice
+        # unseen. A multiple of W, so that a warpgroup comes back to its own.
         plgpu.Barrier(num_arrivals=2, num_barriers=2 * W),
         plgpu.Barrier(num_arrivals=4, num_barriers=2 * W),
         plgpu.Barrier(num_arrivals=1 if fused else 4, num_barriers=STAGES),

@@ -25,7 +25,7 @@ from sparse_flax.attention.layouts import fit
 class Packing:
     """How columns of `rows` rows are put on blocks."""
 
-    rows: int  # R, a multiple of 8: 1024 bytes is what a swizzled copy must start at
+    rows: int  # R, a multiple of 8, the rows that a swizzle repeats after
     stride: int  # S: there are S * H columns, those of the same token side by side
     pack: int  # columns in one tile, of neighbouring heads
     packs: int  # H / pack

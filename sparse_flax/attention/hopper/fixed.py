@@ -39,6 +39,9 @@ def supports(pattern: Own, q: Any, k: Any, v: Any) -> str | None:
     blocks = [x for x in BLOCKS if widest <= M or x <= LARGEST_WIDE_BLOCK]
     if pattern.block not in blocks:
         return _choice("block", pattern.block, blocks, f" at width {widest}")
+    B, T = q.shape[:2]
+    if max(B, -(-T // M)) > tiles.MOST_BLOCKS:
+        return f"hopper cannot launch {pattern} over {B} sequences of {T} tokens"
     if isinstance(pattern, Blocks):
         return None
     summaries = [x for x in SUMMARIES if x <= pattern.block]

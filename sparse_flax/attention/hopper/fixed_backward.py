@@ -88,7 +88,7 @@ def summary_gradients(
                     seen = lax.div(begin + j, per_block) * C - mine
                     return jnp.where(tiles.positions(s, 0) < seen, s, -jnp.inf)
 
-                return steps.add_key_gradients(
+                return steps.from_queries(
                     sums,
                     lambda: (ks.at[w], vs.at[w], qs.at[buffer], d_outs.at[buffer]),
                     lambda: (lses.at[buffer], deltas.at[buffer]),
@@ -192,7 +192,7 @@ def block_gradients(
         delta_row = plgpu.load(deltas.at[w], layout=LAYOUT.reduce(1))
 
         add_query_gradients = functools.partial(
-            steps.add_query_gradients,
+            steps.from_keys,
             own=(queries, d_outs_held, lse_row, delta_row),
             factor=factor,
             dtype=dtype,

@@ -1,4 +1,4 @@
-"""The gradient of long columns (128 to 256 rows): two warpgroups share a column.
+"""The gradient of long columns (192 or 256 rows): two warpgroups share a column.
 
 One warpgroup cannot hold dk and dv of more than two tiles in registers. Everything of
 a column fills a block's shared memory, so the two meet at two barriers.
@@ -33,7 +33,7 @@ def backward(
     by_token: bool,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """Do what `columns_backward` does, for R = 128, 192 or 256 and K = V = 64."""
+    """Do what `columns_backward` does, for R = 192 or 256 and K = V = 64."""
     (B, R, C, K), dtype = q_BRCK.shape, q_BRCK.dtype
     group = C // k_BRCK.shape[2]
     n, packing = R // M, Packing.of(R, C, heads, 1, by_token)

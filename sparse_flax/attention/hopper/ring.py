@@ -52,6 +52,8 @@ def ring(issue, full, free, total, cut, warpgroup):
             issue(used + cut.stages, buffer)
 
     def release(j):
+        # Products have read the buffer when their sums are loaded, before this; what
+        # was read of it by plain loads is in registers.
         @pl.when(j + cut.stages < total)
         def _():
             plgpu.barrier_arrive(free.at[lax.rem(j, cut.stages)])

@@ -36,14 +36,13 @@ def backward(
     span: Span,
     *,
     into: tuple[jax.Array, jax.Array, jax.Array] | None = None,
-    cuts: tuple[Cut, Cut] | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return (dq, dk, dv), added to `into` if given; dk and dv one a query head.
 
     T is a multiple of 64, and scale above 0. A column view (B, R, C, K) will do too.
     """
-    cuts = cuts or cuts_of(q_BTHK.shape[-1], v_BTHV.shape[-1])
+    cuts = cuts_of(q_BTHK.shape[-1], v_BTHV.shape[-1])
     args = (q_BTHK, k_BTHK, v_BTHV, d_out_BTHV, lse_BHT, delta_BHT)
     dq_into, *dkv_into = into or (None,)
     common = {"scale": scale, "span": span, "interpret": interpret}
@@ -79,7 +78,7 @@ def _query_gradients(q, k, v, d_out, lse, delta, *, scale, span, into, cut, inte
         plgpu.barrier_wait(own.at[w])
 
         def use(buffer, mask, acc):
-            return steps.add_query_gradients(
+            return steps.from_keys(
                 acc,
                 mine,
                 (lambda: ks.at[buffer], lambda: vs.at[buffer]),
@@ -152,7 +151,7 @@ def _key_gradients(q, k, v, d_out, lse, delta, *, scale, span, into, cut, interp
         plgpu.barrier_wait(own.at[w])
 
         def use(buffer, mask, sums):
-            return steps.add_key_gradients(
+            return steps.from_queries(
                 sums,
                 lambda: (ks.at[w], vs.at[w], qs.at[buffer], d_outs.at[buffer]),
                 lambda: (lses.at[buffer], deltas.at[buffer]),

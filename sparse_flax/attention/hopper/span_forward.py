@@ -32,7 +32,6 @@ def forward(
     span: Span,
     *,
     init: tuple[jax.Array, jax.Array] | None = None,
-    cut: Cut | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Return (out_BTHV, lse_BHT) over the span, and over `init` if that is given.
@@ -41,7 +40,7 @@ def forward(
     """
     (B, T, H, K), V, dtype = q_BTHK.shape, v_BTHV.shape[-1], q_BTHK.dtype
     group = H // k_BTHK.shape[2]
-    cut = cut or cut_of(K, V)
+    cut = cut_of(K, V)
     W, N = cut.warpgroups, cut.columns
     grid = Grid(B, T, H, cut)
     piece = N if T % N == 0 else M

@@ -13,7 +13,7 @@ from sparse_flax.attention.hopper import tiles
 from sparse_flax.attention.hopper.tiles import LAYOUT, LOG2E
 
 
-def add_query_gradients(acc, own, others, mask, factor, dtype, interpret):
+def from_keys(acc, own, others, mask, factor, dtype, interpret):
     """Add to dq / scale of the own queries what a tile of keys gives."""
     (queries, d_out, lse_row, delta_row), (keys, values) = own, others
 
@@ -25,7 +25,7 @@ def add_query_gradients(acc, own, others, mask, factor, dtype, interpret):
     return tiles.accumulate((acc,), [(0, ds, keys)], interpret)[0]
 
 
-def add_key_gradients(sums, operands, row_values, mask, factor, dtype, interpret):
+def from_queries(sums, operands, row_values, mask, factor, dtype, interpret):
     """Add to (dv, dk / scale) of the own keys what a tile of queries gives.
 
     operands() is (k, v, q, d_out) and row_values() the queries' (lse, delta).

@@ -8,6 +8,7 @@ exact, since a probability of the union is exp(logit - lse of the union) in eith
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ from sparse_flax.attention.hopper import (
     span_forward,
     tiles,
 )
-from sparse_flax.attention.hopper.spans import Span
+from sparse_flax.attention.hopper.spans import NEAR, Span
 from sparse_flax.attention.layouts import (
     attend_by,
     fit,
@@ -39,7 +40,9 @@ from sparse_flax.attention.patterns import Pattern
 
 # What goes through span_forward.py and span_backward.py: all that is beyond these.
 LONGEST_COLUMN = 256  # rows: what fits a block's memory, and one TMA copy
-LONGEST_WIDE_COLUMN = 128  # where K or V is over 64; and in columns_backward.py
+# Where K or V is over 64; in columns_backward.py; and from where on `_fold` makes rows
+# a multiple of 64, as long_columns.py and the spans want them.
+LONGEST_WIDE_COLUMN = 128
 WIDEST_WINDOW = 512  # in band.py's forward, if its keys fit a block's memory
 WIDEST_RING_WINDOW = 512  # in band_ring.py
 
@@ -74,16 +77,30 @@ class Halves:
                 stride, strict = min(part.stride, T), part.strict
             else:
                 return None
-        if window and stride and stride >= T:
-            stride = None  # no earlier token is so far away
+        if stride and stride >= T:  # no earlier token is so far away
+            if window:
+                stride = None
+            elif not strict:
+                window, stride = 1, None
         return cls(window, stride, strict, **settings)
 
 
 def supports(pattern: Pattern, q: Any, k: Any, v: Any) -> str | None:
     """Return None, or the sentence that says what does not fit."""
-    if Halves.of(pattern.parts(), q.shape[1]) is None:
+    halves = Halves.of(pattern.parts(), q.shape[1])
+    if halves is None:
         return f"hopper has no kernels for {type(pattern).__name__}"
-    return None
+    B, T, H = q.shape[:3]
+    if halves.stride and -(-T // halves.stride) > LONGEST_WIDE_COLUMN:
+        # Of longer columns, B times the heads of the view may be one axis of a grid.
+        heads = halves.stride * H
+        B *= heads // math.gcd(heads, NEAR)
+    if max(B, -(-T // tiles.M)) <= tiles.MOST_BLOCKS:
+        return None
+    return (
+        f"hopper cannot launch {pattern} over {q.shape[0]} sequences of {T} tokens and "
+        f"{H} heads; try fewer at a time"
+    )
 
 
 def attend(

@@ -20,6 +20,7 @@ from sparse_flax.attention.layouts import up
 LOG2E = math.log2(math.e)
 M = 64  # rows of one wgmma, and the least contraction under a 128-byte swizzle
 NARROW = 32  # the least width of a head: the contraction under a 64-byte swizzle
+MOST_BLOCKS = 65535  # along the second and third axis of a CUDA grid
 SHARED_MEMORY = 227 * 1024  # bytes that one block may have on Hopper
 
 LAYOUT = plgpu.Layout.WGMMA
@@ -225,7 +226,17 @@ def tiles_of(rows: int) -> list[tuple[int, int]]:
 
 
 def launch(body, *, out, scratch, grid, threads, interpret, name):
-    """A Mosaic GPU kernel over `grid`; its last axis runs fastest."""
+    """A Mosaic GPU kernel over `grid`; its last axis runs fastest.
+
+    Raises ValueError where CUDA would refuse it.
+    """
+    *slow, _ = grid.values()
+    if slow and max(math.prod(slow[:-1]), slow[-1]) > MOST_BLOCKS:
+        raise ValueError(
+            f"the kernel {name} would run over {grid}, and CUDA takes up to "
+            f"{MOST_BLOCKS} but for the last; take fewer sequences at a time, or "
+            "implementation='gathered'"
+        )
     kernel = plgpu.kernel(
         body,
         out_type=out,
