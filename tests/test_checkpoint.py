@@ -18,6 +18,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 
+from sparse_flax import integrity
 from sparse_flax.checkpoint import Checkpointer
 from sparse_flax.errors import UserError
 from sparse_flax.integrity import fingerprint
@@ -141,6 +142,7 @@ def test_fingerprint_sees_names_shapes_types_and_bits():
             {"a": x},
             {"b": x},
             {"a": x.reshape(2, 3)},
+            {"a": x.at[:4].set(x[jnp.array([0, 2, 1, 3])]).reshape(2, 3)},
             {"a": x.astype(jnp.int32)},
             {"a": x.at[3].set(3.0000002)},
             {"a": -x},
@@ -149,6 +151,21 @@ def test_fingerprint_sees_names_shapes_types_and_bits():
     ]
     assert len(set(prints)) == len(prints)
     assert fingerprint({"a": np.asarray(x)}) == prints[0]
+
+
+def test_a_checksum_sees_two_entries_change_places():
+    x = jnp.arange(9.0).reshape(3, 3)
+    assert integrity.record({"a": x})[0] != integrity.record({"a": x.T})[0]
+
+
+def test_a_checkpoint_is_of_the_step_that_it_was_saved_as(tmp_path):
+    directory = tmp_path / "checkpoints"
+    save_all(directory, {step: small_state(step) for step in (1, 2)})
+    (directory / "2").rename(directory / "3")
+    lines = []
+    checkpointer = Checkpointer(directory, say=lines.append)
+    assert checkpointer.restore_latest(abstract(small_state(0)))[0] == 1
+    assert "checkpoint 3 is damaged" in lines[0]
 
 
 def test_sharded_save_restores_on_other_shardings(tmp_path):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sparse_flax import config as config_lib
-from sparse_flax import dry_run
+from sparse_flax import config_checks, dry_run
 from sparse_flax.attention import Fixed, Strided
 from sparse_flax.config import FIXED, changes, check_preset, defaults, flatten
 from sparse_flax.config_checks import finalize
@@ -224,6 +224,31 @@ FITS = [
         },
     ),
 ]
+
+
+def test_every_number_has_a_rule():
+    """And the lists of rules none that no option has."""
+    lists = ("AT_LEAST_1", "AT_LEAST_0", "ABOVE_0", "FRACTIONS")
+    ruled = [name for one in lists for name in getattr(config_checks, one)]
+    numbers = {
+        name
+        for name, value in flatten(defaults().to_dict()).items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    assert len(set(ruled)) == len(ruled) and set(ruled) == numbers
+
+
+DEFAULTS = flatten(defaults().to_dict())
+for too_low, names in (
+    (0, config_checks.AT_LEAST_1 + config_checks.ABOVE_0),
+    (-1, config_checks.AT_LEAST_0),
+):
+    NUMBERS += [
+        (name, type(DEFAULTS[name])(too_low))
+        for name in names
+        if name != "model.width"  # in FITS, as heads have to divide it
+    ]
+NUMBERS = list(dict.fromkeys(NUMBERS))
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,13 @@ def test_the_least_that_a_step_moves():
     assert memory.least_bytes_moved(configuration(train__accumulate=2)) == least
 
 
+def test_what_one_device_has_of_a_layer():
+    config = configuration(
+        mesh__data=2, mesh__context=2, mesh__tensor=2, train__accumulate=2
+    )
+    assert [x.shape for x in memory.layer_shapes(config)] == [(1, 32, 1, 8)] * 3
+
+
 def show(config, usable, highest=None):
     """The lines, and whether it fits a device of that many bytes."""
     lines = []

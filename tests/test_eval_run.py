@@ -86,6 +86,11 @@ def test_scores_the_whole_split_on_a_mesh_beside_a_running_job(copied, text):
     }
 
 
+def test_a_part_with_a_minimum_of_context_counts_what_it_scored(copied, text):
+    row, _ = scored(copied, tiny(text, eval__max_windows=10, eval__min_context=48))
+    assert (row["windows"], row["bytes_scored"]) == (10, 10 * 16)
+
+
 def test_passes_over_what_it_cannot_read_and_moves_nothing(copied, text):
     for step in (8, 12):
         for path in (copied / "checkpoints" / str(step)).rglob("d/*"):

@@ -82,6 +82,15 @@ def test_reads_back_what_it_wrote_in_half_the_bytes(exported_model):
     assert get_config(f"model:{folder}").model.context == 48
 
 
+def test_an_export_needs_no_more_devices_than_one(tmp_path):
+    config = tiny("text")
+    config.train.batch_size, config.mesh.data = 8, 4
+    config, _ = finalize(config)
+    model = noisy_model(config_lib.model_config(config))
+    exported.save(tmp_path, model, config, {"step": 7})
+    assert get_config(f"model:{tmp_path}").mesh.data == 1
+
+
 def test_samples_every_kind_alike_from_the_same_seed(exported_model, tmp_path):
     kind, folder = exported_model
     options = {"sample__number": 3, "eval__split": "test"}

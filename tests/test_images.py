@@ -25,6 +25,7 @@ from sparse_flax.data import (
     batches,
     bigram,
     cifar,
+    folder,
     images,
     pictures,
     prepare,
@@ -206,8 +207,8 @@ def test_a_folder_is_split_by_name_and_stays_so(album, tmp_path):
 
 
 def test_sub_folders_are_splits(album, tmp_path):
-    for split, folder in zip("0123", ("train", "val", "test", "more"), strict=True):
-        (album / split).rename(album / folder)
+    for split, name in zip("0123", ("train", "val", "test", "more"), strict=True):
+        (album / split).rename(album / name)
     found = load(album, tmp_path)
     assert sorted(found.validation[:, 0]) == list(range(1, 40, 4))
     assert sorted(found.test[:, 0]) == list(range(2, 40, 4))
@@ -220,6 +221,14 @@ def test_sub_folders_are_splits(album, tmp_path):
     (album / "Train").rename(album / "training")
     with pytest.raises(UserError, match="sub-folder val and none that is named train"):
         load(album, tmp_path)
+
+
+@pytest.mark.parametrize("count", range(3, 8))
+def test_no_split_of_a_few_files_is_empty(tmp_path, count):
+    for n in range(40):
+        files = [tmp_path / f"{n}-{i}.png" for i in range(count)]
+        parts = folder.files_by_split(tmp_path, files, "pictures")
+        assert all(parts.values()) and sum(map(len, parts.values())) == count
 
 
 def test_bad_files_are_left_out_counted_and_remembered(album, tmp_path, monkeypatch):

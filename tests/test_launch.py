@@ -262,7 +262,7 @@ def test_a_turn_goes_on_where_the_last_one_was_stopped(tmp_path):
             text=True,
         )
 
-    first = turn("1")
+    first = turn("5")
     assert first.returncode == 75
     assert first.stdout == "trained: out of time; the same command goes on\n"
     assert sorted(path.name for path in out.iterdir()) == ["log.txt", "loss.png"]

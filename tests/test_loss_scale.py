@@ -57,6 +57,17 @@ def test_an_overflow_skips_the_step_and_halves_the_scale_across_a_restart(
     assert int(state.loss_scale.good_steps) == [*good[::-1], False].index(False)
 
 
+def test_the_scale_is_taken_out_of_the_gradient(tmp_path, text):
+    norms = {}
+    for dtype in ("float16", "float32"):
+        changes = {"model__dtype": dtype, "optim__loss_scale": 2.0**10}
+        config = tiny(text, train__steps=3, log__every_steps=1, **changes)
+        run(tmp_path / dtype, config)
+        train = [row for row in rows(tmp_path / dtype) if row["split"] == "train"]
+        norms[dtype] = [row["grad_norm"] for row in train]
+    assert norms["float16"] == pytest.approx(norms["float32"], rel=0.02)
+
+
 @pytest.mark.slow
 def test_float16_learns_what_bfloat16_does(tmp_path, text):
     """On a tiny model; the README has the quickstart's figures."""

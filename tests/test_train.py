@@ -7,6 +7,7 @@ import math
 import os
 import random
 import shutil
+import signal
 from pathlib import Path
 
 import jax
@@ -207,6 +208,36 @@ def test_a_run_stopped_at_any_kind_of_step_ends_the_same(
     said = f"resume             from the checkpoint at step {stopped_at}"
     assert said in lines
     assert_same_end(tmp_path / "run", lines, straight, tiny(text))
+
+
+def test_saves_before_it_evaluates(tmp_path, text):
+    """An evaluation may be interrupted; a checkpoint has to be there by then."""
+    config = tiny(text, checkpoint__every_steps=4, eval__every_steps=4)
+    trainer, calls = Trainer(config, str(tmp_path / "run"), say=str), []
+    real = {name: getattr(trainer, name) for name in ("save", "evaluate")}
+    for name in real:
+
+        def call(*args, name=name):
+            calls.append((trainer.step, name))
+            return real[name](*args)
+
+        setattr(trainer, name, call)
+    trainer.run()
+    assert calls == [
+        (0, "evaluate"),
+        *((step, name) for step in (4, 8, 12) for name in ("save", "evaluate")),
+        (12, "evaluate"),
+    ]
+
+
+def test_a_second_ctrl_c_acts_at_once():
+    former = signal.getsignal(signal.SIGINT)
+    stop = StopRequest()
+    stop.listen()
+    assert signal.getsignal(signal.SIGINT) != former
+    signal.raise_signal(signal.SIGINT)
+    assert stop and stop.status == 130
+    assert signal.getsignal(signal.SIGINT) == former
 
 
 def test_an_evaluation_that_was_interrupted_is_made_up_for(tmp_path, text, straight):
