@@ -241,6 +241,14 @@ def test_many_recordings_stay_whole_and_in_their_split(tmp_path, monkeypatch):
         load(tmp_path / "many", tmp_path, rate=6000)
 
 
+def test_a_recording_that_changed_is_read_again(tmp_path):
+    path = record(tmp_path / "a.wav", np.full(1000, 0.1))
+    before = whole(load(path, tmp_path))
+    record(path, np.full(1000, 0.5))  # of the same size
+    os.utime(path, ns=(1, 1))
+    assert (whole(load(path, tmp_path)) != before).all()
+
+
 def test_one_recording_beside_a_folder_of_others_is_cut(tmp_path):
     record(tmp_path / "all" / "train" / "a.wav", np.full(100, 0.5))
     song = record(tmp_path / "all" / "song.wav", np.full(1000, 0.1))

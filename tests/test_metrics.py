@@ -3,18 +3,27 @@
 import json
 import struct
 import time
+import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
+from test_model import TINY
 
-from sparse_flax import progress
+from sparse_flax import flops, progress
 from sparse_flax.data.bigram import Baseline
-from sparse_flax.metrics import COLUMNS, MetricsLog, first_not_finite, read_rows
+from sparse_flax.metrics import (
+    COLUMNS,
+    MetricsLog,
+    first_not_finite,
+    read_rows,
+    train_row,
+)
 from sparse_flax.workdir import WorkDir
 
 ROW = {"bits_per_byte": 2.5, "weights": "raw", "tokens_per_s": 10.0, "mfu": None}
@@ -191,3 +200,14 @@ def test_the_clock_leaves_pauses_out_of_the_rate_only(monkeypatch):
         clock.tick(step)
     assert clock.rate() == pytest.approx(1)  # the slower start is out of the window
     assert clock.left(20, 20) == 0
+
+
+def test_mfu_is_of_all_devices_of_the_mesh():
+    h200 = types.SimpleNamespace(device_kind="NVIDIA H200")
+    mesh = types.SimpleNamespace(devices=np.array([h200] * 4), size=4)
+    values = dict.fromkeys(("bits_per_byte", "learning_rate", "grad_norm"), 1.0)
+    row = train_row(values | {"skipped": False}, 10.0, TINY, mesh)
+    assert row["tokens_per_s"] == 10 * TINY.context
+    assert row["mfu"] == pytest.approx(
+        10 * flops.train_flops(TINY) / (4 * 989.5e12), 1e-2
+    )

@@ -327,3 +327,48 @@ def test_a_folder_of_each_host_is_refused_on_all(here):
     for index in range(2):
         assert "is not the folder that" in job.text(index)
         assert "all hosts share" in job.text(index)
+
+
+# ---- What they tell each other, as one of them sees it ----------------------------
+
+
+class Answers:
+    """The key-value store of two processes, the other of which has been here."""
+
+    def __init__(self, others):
+        self.others, self.told = others, {}
+
+    def key_value_set(self, key, value):
+        self.told[key] = value
+
+    def blocking_key_value_get(self, key, milliseconds):
+        return self.told.get(key) or json.dumps(self.others)
+
+
+@pytest.fixture
+def as_process(monkeypatch):
+    def become(index, others):
+        answers = Answers(others)
+        for name, value in (("_index", index), ("_count", 2), ("_client", answers)):
+            monkeypatch.setattr(processes, name, value)
+        return answers
+
+    return become
+
+
+def test_what_must_be_the_same_everywhere_is(as_process):
+    as_process(0, ["one", "host-b"])
+    processes.same_everywhere("one", "other data")
+    as_process(0, ["two", "host-b"])
+    with pytest.raises(UserError, match="process 1 on host-b has other data than"):
+        processes.same_everywhere("one", "other data")
+
+
+def test_what_stops_the_first_stops_the_others(as_process):
+    answers = as_process(0, None)
+    with pytest.raises(UserError, match="no data"), processes.first_before_the_rest():
+        raise UserError("no data")
+    assert list(answers.told.values()) == ['"no data"']
+    as_process(1, "no data")
+    with pytest.raises(UserError, match="no data"), processes.first_before_the_rest():
+        raise AssertionError("went on")

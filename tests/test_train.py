@@ -230,6 +230,23 @@ def test_saves_before_it_evaluates(tmp_path, text):
     ]
 
 
+def test_speed_is_in_tokens_and_without_pauses(tmp_path, text):
+    config = tiny(text, checkpoint__every_steps=4, eval__every_steps=4)
+    trainer = Trainer(config, str(tmp_path / "run"), say=str)
+    evaluate, paused = trainer.evaluate, []
+
+    def counted(split):
+        before = trainer.clock._paused
+        evaluate(split)
+        paused.append(trainer.clock._paused == before)  # it is inside of a pause
+
+    trainer.evaluate, trainer.clock.rate = counted, lambda: 3.0
+    trainer.run()
+    assert all(paused) and trainer.clock._paused > 0
+    speeds = {r["tokens_per_s"] for r in rows(tmp_path / "run") if r["tokens_per_s"]}
+    assert speeds == {3.0 * config.train.batch_size * config.model.context}
+
+
 def test_a_second_ctrl_c_acts_at_once():
     former = signal.getsignal(signal.SIGINT)
     stop = StopRequest()
