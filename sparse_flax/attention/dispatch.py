@@ -186,15 +186,8 @@ def explain(
     device_kind = device_kind or target_device_kind()
     if why := parallel.refusal(pattern, q.shape[1], shards[1]):
         raise ValueError(why)
-    shard = (
-        jax.ShapeDtypeStruct(
-            (*(max(n // m, 1) for n, m in zip(x.shape, shards, strict=False)), width),
-            x.dtype,
-        )
-        for x in (q, k, v)
-        for width in x.shape[3:]
-    )
-    choice = _pick(implementation, device_kind, pattern, *shard, devices=shards[1])
+    pieces = (_piece(x, shards) for x in (q, k, v))
+    choice = _pick(implementation, device_kind, pattern, *pieces, devices=shards[1])
     (B, T, H, K), V = q.shape, v.shape[-1]
     period = pattern.head_period
     pairs = B * sum(pattern.pairs(T, head % period) for head in range(H))
@@ -384,6 +377,12 @@ def _layout(q, k, v, pattern: Pattern) -> _Layout:
     if why := parallel.refusal(pattern, q.shape[1], layout.devices(1)):
         raise ValueError(why)
     return layout
+
+
+def _piece(x: jax.ShapeDtypeStruct, shards: tuple[int, int, int]) -> Any:
+    """What is left of an array that is cut along batch, tokens and heads."""
+    cut = (max(n // m, 1) for n, m in zip(x.shape[:3], shards, strict=True))
+    return jax.ShapeDtypeStruct((*cut, x.shape[3]), x.dtype)
 
 
 def _as_struct(x: Any) -> jax.ShapeDtypeStruct:

@@ -252,7 +252,7 @@ def shares(some_parts: Sequence[Part], axis: Axis) -> list[Share]:
         elif isinstance(part, parts.Band | parts.OwnBlock | parts.Self):
             here.append(part)
         else:
-            raise NotImplementedError(f"no device of a sequence's knows {part}")
+            raise NotImplementedError(f"parallel does not know {part}")
     return ([Here(axis, tuple(here))] if here else []) + away
 
 

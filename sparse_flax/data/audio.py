@@ -200,9 +200,10 @@ def _resampled(path: Path, rate: int) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def _says_its_length(path: Path) -> bool:
-    """Whether it is not one of the MP3s without that, of some encoders and of radios.
+    """Whether a recording says how many samples it has.
 
-    Of those libsndfile estimates it, from the size of the file and the first bit rate.
+    MP3s of some encoders and of radios do not: libsndfile estimates it, from the size
+    of the file and the first bit rate.
     """
     if path.suffix.lower() != ".mp3":
         return True
