@@ -217,7 +217,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         raise UserError(f"--config cannot be read: {text}") from None
     # absl shows INFO by default: at start-up, every accelerator that is not there.
     if flags.FLAGS["verbosity"].using_default_value:
-        flags.FLAGS["verbosity"].value = logging.WARNING
+        flags.FLAGS.verbosity = logging.WARNING  # type: ignore[assignment]
     return rest
 
 
