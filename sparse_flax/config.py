@@ -181,6 +181,24 @@ def model_config(config: ConfigDict) -> ModelConfig:
     )
 
 
+def attention_shapes(
+    config: ConfigDict,
+) -> tuple[list[jax.ShapeDtypeStruct], tuple[int, int, int]]:
+    """Return q, k and v of one layer for a whole batch, and how they are cut.
+
+    Into so many pieces of batch, tokens and heads: those of devices, and of
+    micro-batches.
+    """
+    m, mesh, train = config.model, config.mesh, config.train
+    K, V = m.qk_width // m.heads, m.width // m.heads
+    arrays = [
+        jax.ShapeDtypeStruct((train.batch_size, m.context, m.heads, width), m.dtype)
+        for width in (K, K, V)
+    ]
+    shards = mesh.data * mesh.fsdp * train.accumulate, mesh.context, mesh.tensor
+    return arrays, shards
+
+
 def explain_attention(
     config: ConfigDict, device_kind: str | None = None
 ) -> list[attention.Explanation]:
@@ -193,21 +211,15 @@ def explain_attention(
     Raises:
       UserError: `model.attention` names an implementation that cannot run this.
     """
-    m, mesh, rows = model_config(config), config.mesh, config.train.batch_size
-    K, V = m.qk_width // m.heads, m.width // m.heads
-    q, k, v = (
-        jax.ShapeDtypeStruct((rows, m.context, m.heads, width), m.dtype)
-        for width in (K, K, V)
-    )
-    turns = config.train.accumulate
+    m, (arrays, shards) = model_config(config), attention_shapes(config)
     explain = functools.partial(
         attention.explain,
         device_kind=device_kind,
         implementation=m.implementation,
-        shards=(mesh.data * mesh.fsdp * turns, mesh.context, mesh.tensor),
+        shards=shards,
     )
     try:
-        return [explain(pattern, q, k, v) for pattern in dict.fromkeys(m.patterns)]
+        return [explain(pattern, *arrays) for pattern in dict.fromkeys(m.patterns)]
     except ValueError as error:
         raise UserError(f"model.attention: {error}") from None
 

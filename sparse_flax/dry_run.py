@@ -42,8 +42,9 @@ def run(
       UserError: the configuration is not valid, or the device or topology not known,
         or the mesh not as large as it.
     """
-    chips = topology.describe(topology_name) if topology_name else None
-    if chips and topology_name:
+    chips = None
+    if topology_name:
+        chips = topology.describe(topology_name)
         topology.check_mesh(config, topology_name, len(chips))
     config, notices = finalize(config)
     for notice in notices:

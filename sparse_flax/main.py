@@ -148,9 +148,10 @@ def main(argv: list[str]) -> int:
         sampler = SampleRun(_CONFIG.value, workdir, model=_MODEL.value, say=_say)
         sampler.run(_CHECKPOINT_STEP.value)
         return sampler.stop.status
-    if _MODE.value == "export" and _MODEL.value:
+    if _MODE.value == "export":
         from sparse_flax import export_run
 
+        assert _MODEL.value  # which is asked for above
         export_run.run(
             _CONFIG.value, workdir, _MODEL.value, _CHECKPOINT_STEP.value, say=_say
         )

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from sparse_flax import attention, optim, program, state
 from sparse_flax import config as config_lib
+from sparse_flax.attention.dispatch import piece
 from sparse_flax.devices import GIB
 from sparse_flax.sharding import (
     MESH_AXES,
@@ -93,8 +94,7 @@ def compile_step(config: ConfigDict, devices: list[jax.Device]) -> Compiled:
     """Compile the train step of a finalized configuration for its mesh of devices."""
     sizes = [config.mesh[axis] for axis in MESH_AXES]
     key = jax.random.key(1)  # before the mesh, whose devices may be described only
-    data, fsdp, tensor, context = sizes
-    with jax.set_mesh(make_mesh(data, fsdp, tensor, context, devices)):
+    with jax.set_mesh(make_mesh(**config.mesh, devices=devices)):
         shape = config.train.batch_size, config.model.context
         tokens_BT = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(2))
         batch = {"inputs_BT": tokens_BT, "targets_BT": tokens_BT}
@@ -148,15 +148,8 @@ def _attend_and_back(implementation, pattern, q, k, v, d_out):
 
 def layer_shapes(config: ConfigDict) -> list[jax.ShapeDtypeStruct]:
     """Return q, k and v as one device has them for one micro-batch of one layer."""
-    m, mesh = config.model, config.mesh
-    rows = config.train.batch_size // config.train.accumulate
-    B, H = rows // (mesh.data * mesh.fsdp), m.heads // mesh.tensor
-    T = m.context // mesh.context
-    K, V = m.qk_width // m.heads, m.width // m.heads
-    return [
-        jax.ShapeDtypeStruct((B, T, H, width), jnp.dtype(m.dtype))
-        for width in (K, K, V)
-    ]
+    arrays, shards = config_lib.attention_shapes(config)
+    return [piece(x, shards) for x in arrays]
 
 
 def least_bytes_moved(config: ConfigDict) -> dict[str, int]:

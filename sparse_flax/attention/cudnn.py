@@ -35,13 +35,18 @@ from sparse_flax.attention.cudnn_calls import (
     SELF,
     TOO_NEW_JAX,
 )
-from sparse_flax.attention.layouts import attend_by, fit, jax_refusal, refusal, up
+from sparse_flax.attention.layouts import (
+    MOST_BLOCKS,
+    attend_by,
+    fit,
+    jax_refusal,
+    refusal,
+    up,
+)
 from sparse_flax.attention.parts import Part
 from sparse_flax.attention.patterns import Pattern
 from sparse_flax.attention.pieces import Core, Fold
 
-# Of a CUDA grid along its second and third axis; assumed to be where cuDNN puts them.
-MOST_BLOCKS = 65535
 # Every NVIDIA GPU is from Ampere on, but for these. The old names are a closed list;
 # that of the new ones grows, so a name nobody has heard of is taken for a new one.
 NVIDIA = re.compile(r"\b(NVIDIA|Tesla|Quadro|GeForce)\b")
@@ -94,7 +99,7 @@ def _too_many(part: Part, B: int, T: int, H: int) -> str | None:
         H *= min(part.stride, T)
     elif isinstance(part, parts.OwnBlock | parts.Summaries):
         B *= -(-T // part.size)
-    if max(B, H) <= MOST_BLOCKS:
+    if max(B, H) <= MOST_BLOCKS:  # assumed to be axes of cuDNN's grid
         return None
     return (
         f"cudnn gets {B} sequences of {H} heads to see as {part}, and takes up to "
@@ -218,10 +223,10 @@ def parts_gradients(
     q_BTHK, k_BTHK, v_BTHV, out, lse_BTH, d_out, some_parts, scale, core: Core = CUDNN
 ):
     """Return (dq, dk, dv); out and lse_BTH may be of a union with other parts."""
-    args = _of_one_width(q_BTHK, k_BTHK, v_BTHV)
-    out, d_out = (fit(x, args[0].shape[3], 3) for x in (out, d_out))
+    q, k, v = _of_one_width(q_BTHK, k_BTHK, v_BTHV)
+    out, d_out = (fit(x, q.shape[3], 3) for x in (out, d_out))
     what = Union(tuple(some_parts), scale, core)
-    gradients = pieces.backward(what, *(*args, out, lse_BTH, d_out))
+    gradients = pieces.backward(what, q, k, v, out, lse_BTH, d_out)
     widths = (x.shape[3] for x in (q_BTHK, k_BTHK, v_BTHV))
     return tuple(x[..., :n] for x, n in zip(gradients, widths, strict=True))
 

@@ -86,7 +86,7 @@ def sparse_attention(
     scale = _number(q_BTHK.shape[-1] ** -0.5 if scale is None else scale)
     layout = _layout(q_BTHK, k_BTHK, v_BTHV, pattern)
     devices = layout.devices(1)
-    args = [layout.shard(x) for x in (q_BTHK, k_BTHK, v_BTHV)]
+    args = [piece(x, layout.shards) for x in (q_BTHK, k_BTHK, v_BTHV)]
     choice = _pick(
         implementation, target_device_kind(), pattern, *args, devices=devices
     )
@@ -180,13 +180,13 @@ def explain(
     if all(isinstance(x, jax.Array) for x in (q, k, v)):
         layout = _layout(q, k, v, pattern)
         if layout.mesh is not None:
-            shards = layout.devices(0), layout.devices(1), layout.devices(2)
+            shards = layout.shards
     q, k, v = (_as_struct(x) for x in (q, k, v))
     _check(q, k, v)
     device_kind = device_kind or target_device_kind()
     if why := parallel.refusal(pattern, q.shape[1], shards[1]):
         raise ValueError(why)
-    pieces = (_piece(x, shards) for x in (q, k, v))
+    pieces = (piece(x, shards) for x in (q, k, v))
     choice = _pick(implementation, device_kind, pattern, *pieces, devices=shards[1])
     (B, T, H, K), V = q.shape, v.shape[-1]
     period = pattern.head_period
@@ -339,12 +339,10 @@ class _Layout:
         axes = (axes,) if isinstance(axes, str) else axes
         return math.prod(self.mesh.shape[axis] for axis in axes)
 
-    def shard(self, x: Any) -> jax.ShapeDtypeStruct:
-        """The piece of an array that each device holds."""
-        shape = (
-            size // self.devices(dimension) for dimension, size in enumerate(x.shape)
-        )
-        return jax.ShapeDtypeStruct(tuple(shape), x.dtype)
+    @property
+    def shards(self) -> tuple[int, int, int]:
+        """Into how many batch, tokens and heads are cut."""
+        return self.devices(0), self.devices(1), self.devices(2)
 
 
 def _layout(q, k, v, pattern: Pattern) -> _Layout:
@@ -379,7 +377,7 @@ def _layout(q, k, v, pattern: Pattern) -> _Layout:
     return layout
 
 
-def _piece(x: jax.ShapeDtypeStruct, shards: tuple[int, int, int]) -> Any:
+def piece(x: Any, shards: tuple[int, int, int]) -> jax.ShapeDtypeStruct:
     """What is left of an array that is cut along batch, tokens and heads."""
     cut = (max(n // m, 1) for n, m in zip(x.shape[:3], shards, strict=True))
     return jax.ShapeDtypeStruct((*cut, x.shape[3]), x.dtype)

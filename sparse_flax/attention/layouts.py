@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 DTYPES = ("bfloat16", "float16")
 Version = tuple[int, int, int] | tuple[int, int]
+MOST_BLOCKS = 65535  # of a CUDA grid, along its second and third axis
 WIDEST_HEAD = 128  # of hopper's registers, and of cuDNN on Ampere
 
 
@@ -49,19 +50,19 @@ def attend_by(forward, backward, plan, q, k, v):
       plan: hashable; what is attended to, and how.
     """
     del backward
-    return over_batch(_once(functools.partial(forward, plan)), q, k, v)[0]
+    return over_batch(functools.partial(forward, plan), q, k, v)[0]
 
 
 def _attend_forward(forward, backward, plan, q, k, v):
     del backward
-    out, lse = _kept(*over_batch(_once(functools.partial(forward, plan)), q, k, v))
+    out, lse = _kept(*over_batch(functools.partial(forward, plan), q, k, v))
     return out, (q, k, v, out, lse)
 
 
 def _attend_backward(forward, backward, plan, residuals, d_out):
     del forward
     with jax.numpy_rank_promotion("allow"):  # as in the call, which is over by now
-        return over_batch(_once(functools.partial(backward, plan)), *residuals, d_out)
+        return over_batch(functools.partial(backward, plan), *residuals, d_out)
 
 
 attend_by.defvjp(_attend_forward, _attend_backward)
@@ -130,11 +131,11 @@ def sum_groups(x_BTHK: jax.Array, heads: int) -> jax.Array:
 
 
 def over_batch(run, *args):
-    """Call run; under vmap, join the mapped axis to the batch.
+    """Call run, which has no derivative; under vmap, join the mapped axis to the batch.
 
     A kernel mapped as it is would gain a dimension, and its copies may have five.
     """
-    mapped = jax.custom_batching.custom_vmap(run)
+    mapped = jax.custom_batching.custom_vmap(_once(run))
 
     @mapped.def_vmap
     def _(size, in_batched, *args):

@@ -170,12 +170,8 @@ def splits(
     if size > _SHOWN:
         progress.finish()
     train, validation, test = parts
-    return Splits(
-        *(name, source, train, validation, test),
-        digest.hexdigest(),
-        notice,
-        published or {},
-    )
+    known = digest.hexdigest()
+    return Splits(name, source, train, validation, test, known, notice, published or {})
 
 
 def _compression(path: Path) -> str:

@@ -100,7 +100,7 @@ def _convert(image: Image.Image, size: int) -> tuple[np.ndarray, list[str]]:
     image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        if np.asarray(image)[..., 3].min() < 255:
+        if image.getextrema()[3][0] < 255:  # type: ignore[misc, operator]
             remarks.append("that are partly transparent, which are laid over white")
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image)

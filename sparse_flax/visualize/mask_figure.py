@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -122,15 +121,12 @@ def default_tokens(cycle: Sequence[Pattern]) -> int:
     return min(max(4 * max(map(_longest, cycle)), 32), MOST_TOKENS)
 
 
-def _fields(pattern: Any) -> tuple[dataclasses.Field, ...]:
-    return dataclasses.fields(pattern)
-
-
 def _longest(pattern: Pattern) -> int:
     if isinstance(pattern, attention.PerHead):
         return max(map(_longest, pattern.patterns))
-    values = [getattr(pattern, f.name) for f in _fields(pattern)]
-    return max((v for v in values if not isinstance(v, bool)), default=8)
+    return max(
+        (v for v in vars(pattern).values() if not isinstance(v, bool)), default=8
+    )
 
 
 def draw_mask(
@@ -166,7 +162,7 @@ def _short(pattern: Pattern) -> str:
         return f"PerHead({', '.join(map(_short, pattern.patterns))})"
     given = [
         str(value) if field.default is dataclasses.MISSING else f"{field.name}={value}"
-        for field in _fields(pattern)
+        for field in dataclasses.fields(pattern)  # type: ignore[arg-type]
         if (value := getattr(pattern, field.name)) != field.default
     ]
     return f"{type(pattern).__name__}({', '.join(given)})"

@@ -27,8 +27,8 @@ from sparse_flax.attention.layouts import (
 )
 from sparse_flax.attention.patterns import Blocks, Fixed, Summaries
 
-BLOCKS = (64, 128, 256)
 Own: TypeAlias = Blocks | Summaries | Fixed  # the patterns that it computes
+BLOCKS = (64, 128, 256)
 SUMMARIES = (8, 16, 32, 64, 128, 256)
 LARGEST_WIDE_BLOCK = 128  # where K or V is over 64: what fits a block's memory
 
@@ -39,9 +39,8 @@ def supports(pattern: Own, q: Any, k: Any, v: Any) -> str | None:
     blocks = [x for x in BLOCKS if widest <= M or x <= LARGEST_WIDE_BLOCK]
     if pattern.block not in blocks:
         return _choice("block", pattern.block, blocks, f" at width {widest}")
-    B, T = q.shape[:2]
-    if max(B, -(-T // M)) > tiles.MOST_BLOCKS:
-        return f"hopper cannot launch {pattern} over {B} sequences of {T} tokens"
+    if why := tiles.too_many(pattern, q):
+        return why
     if isinstance(pattern, Blocks):
         return None
     summaries = [x for x in SUMMARIES if x <= pattern.block]

@@ -8,7 +8,6 @@ exact, since a probability of the union is exp(logit - lse of the union) in eith
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +25,7 @@ from sparse_flax.attention.hopper import (
     span_forward,
     tiles,
 )
-from sparse_flax.attention.hopper.spans import NEAR, Span
+from sparse_flax.attention.hopper.spans import Grid, Span
 from sparse_flax.attention.layouts import (
     attend_by,
     fit,
@@ -90,17 +89,12 @@ def supports(pattern: Pattern, q: Any, k: Any, v: Any) -> str | None:
     halves = Halves.of(pattern.parts(), q.shape[1])
     if halves is None:
         return f"hopper has no kernels for {type(pattern).__name__}"
-    B, T, H = q.shape[:3]
-    if halves.stride and -(-T // halves.stride) > LONGEST_WIDE_COLUMN:
-        # Of longer columns, B times the heads of the view may be one axis of a grid.
-        heads = halves.stride * H
-        B *= heads // math.gcd(heads, NEAR)
-    if max(B, -(-T // tiles.M)) <= tiles.MOST_BLOCKS:
-        return None
-    return (
-        f"hopper cannot launch {pattern} over {q.shape[0]} sequences of {T} tokens and "
-        f"{H} heads; try fewer at a time"
-    )
+    B, T, H, K = q.shape
+    most, stride = 0, halves.stride
+    if stride and -(-T // stride) > LONGEST_WIDE_COLUMN:  # which may go to the spans
+        cut = span_forward.cut_of(K, v.shape[3])
+        most = Grid(B, -(-T // stride), stride * H, cut).axes["far"]
+    return tiles.too_many(pattern, q, most)
 
 
 def attend(
@@ -184,12 +178,11 @@ def _forward(halves: Halves, q, k, v):
     if init:
         init = fit(init[0], padded, 1), fit(init[1], padded, 2)
     args: list[Any] = [fit(x, padded, 1) for x in (q, k, v)]
-    args.append(halves.scale)
     if on_chip:
-        args.append(window)
+        args += [halves.scale, window]
         out, lse = band.forward(*args, init=init, **run)
     else:
-        args.append(Span(window=window))
+        args += [halves.scale, Span(window=window)]
         out, lse = span_forward.forward(*args, init=init, **run)
     return out[:, :T], lse[:, :, :T]
 

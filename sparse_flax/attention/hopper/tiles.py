@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from sparse_flax.attention.layouts import up
+from sparse_flax.attention.layouts import MOST_BLOCKS, up
+from sparse_flax.attention.patterns import Pattern
 
 LOG2E = math.log2(math.e)
 M = 64  # rows of one wgmma, and the least contraction under a 128-byte swizzle
 NARROW = 32  # the least width of a head: the contraction under a 64-byte swizzle
-MOST_BLOCKS = 65535  # along the second and third axis of a CUDA grid
 SHARED_MEMORY = 227 * 1024  # bytes that one block may have on Hopper
 
 LAYOUT = plgpu.Layout.WGMMA
@@ -29,6 +30,20 @@ LAYOUT = plgpu.Layout.WGMMA
 def width_of(width: int) -> int:
     """The width of heads that the kernels take for `width`: 32, or a multiple of 64."""
     return NARROW if width <= NARROW else up(width, M)
+
+
+def too_many(pattern: Pattern, q: Any, most: int = 0) -> str | None:
+    """Return None, or why CUDA could not launch the kernels of a pattern.
+
+    Batch and tiles of rows are axes of their grids, and what has `most` blocks may be.
+    """
+    B, T, H = q.shape[:3]
+    if max(most, B, -(-T // M)) <= MOST_BLOCKS:
+        return None
+    return (
+        f"hopper cannot launch {pattern} over {B} sequences of {T} tokens and {H} "
+        "heads; try fewer at a time"
+    )
 
 
 def swizzled(shape: tuple[int, ...], dtype, beside: int = 0):
