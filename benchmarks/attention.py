@@ -8,10 +8,10 @@ Sections: `cases`, the paper's shapes; `growth`, time against T at stride sqrt(T
 `crossover`, where each pattern begins to beat dense cuDNN. A run that is cut off, or
 stops at --minutes, goes on when the same command is given again.
 
-Writes {hardware, versions, command, rows} for the cases, and the same for the other
-sections under their names. A row: {case, shape_BTHKV, pattern, implementation, fwd_ms,
-fwdbwd_ms, spread, processes, memory_gb, peak_gb, error, cudnn_error}, or a `note` in
-place of numbers. Milliseconds, for the whole batch, are medians over processes of the
+Writes {hardware, versions, rows} for the cases, and the same for the other sections
+under their names. A row: {case, shape_BTHKV, pattern, implementation, fwd_ms,
+fwdbwd_ms, spread, processes, memory_gb, peak_gb, error, cudnn_error, command}, or a
+`note` in place of numbers. Milliseconds, for the whole batch, are medians over processes of the
 median of several samples; `spread` is the lowest and highest of the processes.
 `memory_gb` is XLA's figure for forward and backward: arguments, results, work space;
 `peak_gb` what the device had in use, where no row before it had more. `error` is the
@@ -110,15 +110,13 @@ def merge(
             continue
         for row in rows:
             del row["section"]
+            row["command"] = command
         old = result if section == "cases" else result.get(section, {})
-        made = {**records[0].about, "command": command}
         if all(old.get(name) == value for name, value in records[0].about.items()):
             known = {identity(row) for row in rows}
             kept = [row for row in old["rows"] if identity(row) not in known]
             rows = sorted(kept + rows, key=identity) if kept else rows
-            if kept and old["command"] != command:
-                made["command"] = f"{old['command']}; {command}"
-        made["rows"] = rows
+        made = {**records[0].about, "rows": rows}
         result |= made if section == "cases" else {section: made}
     return result
 

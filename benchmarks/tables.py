@@ -15,6 +15,7 @@ import pathlib
 import re
 import statistics
 import sys
+from collections.abc import Sequence
 
 import jax
 
@@ -53,7 +54,7 @@ def attention_table(result: dict, peer: dict | None = None) -> str:
     notes = [
         "bfloat16, milliseconds forward / forward and backward; errors are relative "
         "2-norms against float32, of the leftmost way. "
-        f"{_medians(result['rows'])}. {_on(result)}"
+        f"{_medians(result['rows'])}. {_on(result, result['rows'])}"
     ]
     if peer:
         notes.append(
@@ -85,7 +86,7 @@ def growth_table(result: dict) -> str:
     )
     if len(rows) > 1:
         note += f"; over all {slope(rows[0], rows[-1])}"
-    return f"{_markdown(lines)}\n\n{note}. {_medians(rows)}. {_on(result)}"
+    return f"{_markdown(lines)}\n\n{note}. {_medians(rows)}. {_on(result, rows)}"
 
 
 def slope(first: dict, last: dict) -> str:
@@ -123,7 +124,7 @@ def crossover_table(result: dict) -> str:
         "blocks at least 64, summaries a quarter of the block, 8 heads of 64, batches "
         "of as many tokens"
     )
-    return f"{_markdown(lines)}\n\n{note}. {_medians(result['rows'])}. {_on(result)}"
+    return f"{_markdown(lines)}\n\n{note}. {_medians(result['rows'])}. {_on(result, result['rows'])}"
 
 
 def _ratios(dense: dict | None, row: dict | None) -> list[float]:
@@ -335,11 +336,15 @@ def _over_seeds(scores: list[float]) -> str:
     return f"{middle:.3f} ({min(scores):.3f} to {max(scores):.3f}, {len(scores)} seeds)"
 
 
-def _on(result: dict) -> str:
+def _on(result: dict, rows: Sequence[dict] = ()) -> str:
+    """Where a result is from, and by which command, its own or those of the rows."""
     versions = result["versions"]
     if not isinstance(versions, str):
         versions = ", ".join(f"{name} {number}" for name, number in versions.items())
-    command = f": `{result['command']}`" if "command" in result else ""
+    commands = [row["command"] for row in rows]
+    if "command" in result:
+        commands = [result["command"]]
+    command = f": `{'; '.join(dict.fromkeys(commands))}`" if commands else ""
     return f"On {result['hardware']} ({versions}){command}."
 
 

@@ -58,16 +58,17 @@ def test_attention_rows_go_on_and_make_a_table(monkeypatch, tmp_path, capsys):
     options.implementations = ["hopper"]
     assert run(2)[2] == ""
 
-    old = {**row, "implementation": "hopper"}
-    before = {**record.about, "command": "python a", "rows": [row, old], "growth": 1}
+    old = {**row, "implementation": "hopper", "command": "python a"}
+    before = {**record.about, "rows": [row, old], "growth": 1}
     result = attention.merge(before, [record, second], "python it")
     kept, merged = result["rows"]
-    assert kept == old and result["command"] == "python a; python it"
+    assert kept == old and merged["command"] == "python it"
+    assert tables.attention_table(result).endswith(": `python it; python a`.")
     before["versions"] = "others"
     result = attention.merge(before, [record, second], "python it")
     assert result["rows"] == [merged]
     assert merged["error"] == row["error"] and merged["processes"] == 2
-    assert result["growth"] == 1 and result["command"] == "python it"
+    assert result["growth"] == 1
     table = tables.attention_table(result)
     assert f"| enwik8 | `Local(window=8)` | {merged['fwd_ms']:.3g} / " in table
     assert "Medians of 2 processes." in table
