@@ -11,13 +11,13 @@ stops at --minutes, goes on when the same command is given again.
 Writes {hardware, versions, rows} for the cases, and the same for the other sections
 under their names. A row: {case, shape_BTHKV, pattern, implementation, fwd_ms,
 fwdbwd_ms, spread, processes, memory_gb, peak_gb, error, cudnn_error, command}, or a
-`note` in place of numbers. Milliseconds, for the whole batch, are medians over processes of the
-median of several samples; `spread` is the lowest and highest of the processes.
-`memory_gb` is XLA's figure for forward and backward: arguments, results, work space;
-`peak_gb` what the device had in use, where no row before it had more. `error` is the
-worst relative 2-norm among the output and the gradients of q, k and v, against float32,
-in the last sequence's last head (heads, where they differ); `cudnn_error` that of dense
-cuDNN attention on the same inputs.
+`note` in place of numbers. Milliseconds, for the whole batch, are medians over
+processes of the median of several samples; `spread` is the lowest and highest of the
+processes. `memory_gb` is XLA's figure for forward and backward: arguments, results,
+work space; `peak_gb` what the device had in use, where no row before it had more.
+`error` is the worst relative 2-norm among the output and the gradients of q, k and v,
+against float32, in the last sequence's last head (heads, where they differ);
+`cudnn_error` that of dense cuDNN attention on the same inputs.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ python benchmarks/figures.py           # writes into docs/
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -118,6 +119,7 @@ def continued(paths: list[Path]) -> Figure:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     _write(continued(sorted(SOUNDS.glob("continued-*.ogg"))), "music.png")
     _write(patterns(), "patterns.png")
     if not RESULTS.exists() or "growth" not in (

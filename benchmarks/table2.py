@@ -206,7 +206,7 @@ class Bench:
         where = [f"--workdir={folder}", f"--config.data.path={self.given[data]}"]
         print(f"{name}: {shlex.join(line)}", flush=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with folder.with_suffix(".log").open("a") as log:
+        with folder.with_name(f"{name}.log").open("a") as log:
             ended = subprocess.run(
                 [sys.executable, *line, *where],
                 cwd=ROOT,

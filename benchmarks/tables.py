@@ -124,7 +124,8 @@ def crossover_table(result: dict) -> str:
         "blocks at least 64, summaries a quarter of the block, 8 heads of 64, batches "
         "of as many tokens"
     )
-    return f"{_markdown(lines)}\n\n{note}. {_medians(result['rows'])}. {_on(result, result['rows'])}"
+    notes = f"{note}. {_medians(result['rows'])}. {_on(result, result['rows'])}"
+    return f"{_markdown(lines)}\n\n{notes}"
 
 
 def _ratios(dense: dict | None, row: dict | None) -> list[float]:
@@ -314,6 +315,7 @@ def table2_table(result: dict) -> str:
             [row for row in rows if row["budget"] in (budget, "both")]
             for budget in ("steps", "time")
         )
+        many = f"{statistics.median(r['steps'] for r in time):,.0f}" if time else ""
         lines.append(
             [
                 f"{data}, {size}",
@@ -323,7 +325,7 @@ def table2_table(result: dict) -> str:
                 PAPER_TABLE2[data, pattern],
                 _over_seeds([row["test"] for row in steps]),
                 _over_seeds([row["test"] for row in time]),
-                f"{time[0]['steps']:,}" if time else "",
+                many,
             ]
         )
     return f"{_markdown(lines)}\n\n{_on(result)}"
@@ -341,7 +343,7 @@ def _on(result: dict, rows: Sequence[dict] = ()) -> str:
     versions = result["versions"]
     if not isinstance(versions, str):
         versions = ", ".join(f"{name} {number}" for name, number in versions.items())
-    commands = [row["command"] for row in rows]
+    commands = [row["command"] for row in rows if "command" in row]
     if "command" in result:
         commands = [result["command"]]
     command = f": `{'; '.join(dict.fromkeys(commands))}`" if commands else ""

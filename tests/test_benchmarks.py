@@ -58,12 +58,12 @@ def test_attention_rows_go_on_and_make_a_table(monkeypatch, tmp_path, capsys):
     options.implementations = ["hopper"]
     assert run(2)[2] == ""
 
-    old = {**row, "implementation": "hopper", "command": "python a"}
+    old = {**row, "implementation": "hopper", "command": "python a", "processes": 2}
     before = {**record.about, "rows": [row, old], "growth": 1}
     result = attention.merge(before, [record, second], "python it")
     kept, merged = result["rows"]
     assert kept == old and merged["command"] == "python it"
-    assert tables.attention_table(result).endswith(": `python it; python a`.")
+    assert tables.attention_table(result).endswith(": `python a; python it`.")
     before["versions"] = "others"
     result = attention.merge(before, [record, second], "python it")
     assert result["rows"] == [merged]
@@ -292,6 +292,7 @@ def test_table2_trains_every_cell_once(monkeypatch, tmp_path, capsys):
         ("fixed", "time"),
     ]
     assert sparse[0]["steps"] == dense["steps"]
+    assert (workdir / "books-scaled-dense-0-0.002-1-both.log").exists()
     assert all(0 < row["test"] <= 8.1 for row in result["rows"])
     assert "| books, scaled | 1 | 0.002 | fixed |" in tables.table2_table(result)
     # Finished cells are skipped, and what does not fit is not begun.
@@ -314,8 +315,11 @@ def test_table2_trains_every_cell_once(monkeypatch, tmp_path, capsys):
 
 def test_table2_of_several_seeds():
     row = {"data": "cifar10", "size": "full", "limit_s": 420, "pattern": "dense"}
-    row |= {"budget": "both", "steps": 1234, "learning_rate": 1e-3}
-    rows = [row | {"seed": i, "test": test} for i, test in enumerate([3.1, 3.3, 3.2])]
+    row |= {"budget": "both", "learning_rate": 1e-3}
+    rows = [
+        row | {"seed": i, "test": test, "steps": steps}
+        for i, (test, steps) in enumerate([(3.1, 1300), (3.3, 1234), (3.2, 1000)])
+    ]
     table = tables.table2_table({"hardware": "it", "versions": {}, "rows": rows})
     scores = "3.200 (3.100 to 3.300, 3 seeds)"
     line = (
