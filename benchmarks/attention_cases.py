@@ -88,7 +88,7 @@ def todo(
     device_kind: str,
     named: Sequence[str] = WAYS,
 ) -> list[Task]:
-    """List what this device can measure, `gathered` last: XLA tunes it for minutes."""
+    """List what this device can measure."""
     tasks: list[Task] = []
     if "cases" in sections:
         for case in cases:
@@ -111,9 +111,7 @@ def todo(
             for pattern in (Strided(l), fixed, Columns(l), Local(l)):
                 tasks.append(_picked("crossover", shape, pattern, device_kind))
             tasks += _dense("crossover", shape, device_kind)
-    tasks = [task for task in tasks if task.implementation in named]
-    # XLA looks for the fastest of many products, which takes longest of all.
-    return sorted(tasks, key=lambda task: task.implementation == "gathered")
+    return [task for task in tasks if task.implementation in named]
 
 
 def batch_of(tokens: int, T: int) -> tuple[int, int, int, int, int]:

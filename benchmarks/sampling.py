@@ -27,7 +27,6 @@ import functools
 import itertools
 import json
 import runpy
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -59,7 +58,7 @@ def main() -> None:
     device = jax.devices()[0]
     record = {
         **processes.jax_device(),
-        "command": f"python {shlex.join(sys.argv)}",
+        "command": processes.command_line(),
         "rows": [],
     }
     cases = [case for case in CASES if case[0] in args.models]
@@ -80,8 +79,8 @@ def main() -> None:
             row = window(name, config, rows, device.device_kind)
         print(f"  {shown(row)}", flush=True)
         record["rows"].append(row)
-        args.output.parent.mkdir(exist_ok=True, parents=True)
-        args.output.write_text(json.dumps(record, indent=1) + "\n")
+        args.out.parent.mkdir(exist_ok=True, parents=True)
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def parse() -> argparse.Namespace:
@@ -89,7 +88,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small models")
     names = list(dict.fromkeys(name for name, _, _ in CASES))
     parser.add_argument("--models", nargs="+", choices=names, default=names)
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args()
 
 

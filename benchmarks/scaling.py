@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import runpy
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -50,7 +49,7 @@ CASES = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small models")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--devices", type=int, nargs="+", help="default: all, halves")
     args = parser.parse_args()
     there = jax.device_count()
@@ -61,7 +60,7 @@ def main() -> None:
         sys.exit(f"--devices {wrong[0]}: name numbers from 2 to {there}")
     record = {
         **processes.jax_device(),
-        "command": f"python {shlex.join(sys.argv)}",
+        "command": processes.command_line(),
         "rows": [],
     }
     record["hardware"] = f"{there} x {record['hardware']}"
@@ -74,8 +73,8 @@ def main() -> None:
             row["times"] = axis and row["tokens_per_s"] / alone["tokens_per_s"]
             row["loss_error"] = abs(bits / alone_bits - 1)
             record["rows"].append(row)
-            args.output.parent.mkdir(exist_ok=True, parents=True)
-            args.output.write_text(json.dumps(record, indent=1) + "\n")
+            args.out.parent.mkdir(exist_ok=True, parents=True)
+            args.out.write_text(json.dumps(record, indent=1) + "\n")
             print(row, flush=True)
 
 

@@ -85,7 +85,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--books", help="a text of some 100 MB")
     parser.add_argument("--cifar10", help="as --config.data.path of configs/cifar10.py")
-    parser.add_argument("--sizes", default="scaled,full")
+    sizes = list(LEARNING_RATES)
+    parser.add_argument("--sizes", nargs="+", default=sizes, choices=sizes)
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument(
         "--learning_rates", type=float, nargs="+", help=f"default: {LEARNING_RATES}"
@@ -103,7 +104,7 @@ def main() -> None:
         parser.error("name the data: --books FILE, --cifar10 FOLDER, or both")
     bench = Bench(args, given)
     for seed in range(args.seeds):
-        for size in args.sizes.split(","):
+        for size in args.sizes:
             rates = args.learning_rates or [LEARNING_RATES[size]]
             for data, rate in itertools.product(given, rates):
                 for pattern in PATTERNS[data]:

@@ -26,8 +26,6 @@ from sparse_flax.attention import hopper, support_table  # noqa: E402
 from sparse_flax.devices import GIB  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
-
-
 FILES = ("README.md", "RESULTS.md")
 DENSE, CUDNN, TORCH = "Dense()", "dense cuDNN", "PyTorch"
 
@@ -42,7 +40,7 @@ def attention_table(result: dict, peer: dict | None = None) -> str:
     rows = [*result["rows"], *_fastest(peer["rows"] if peer else [])]
     found = {(r["case"], r["pattern"], r["implementation"]): r for r in rows}
     names = list(dict.fromkeys(row["implementation"] for row in rows))
-    names.sort(key=[*(n for n in names if n not in (CUDNN, TORCH)), CUDNN, TORCH].index)
+    names.sort(key=lambda name: (name in (CUDNN, TORCH), name == TORCH))
     lines = [["case", "pattern", *names, "error (cuDNN's)"]]
     for case, pattern in dict.fromkeys((r["case"], r["pattern"]) for r in rows):
         line = [case, f"`{pattern}`"]

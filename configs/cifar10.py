@@ -22,8 +22,8 @@ Presets:
     colab     16 layers, for Colab's free TPU, one v5e: two epochs. Compiled for one,
               never run; at a fifth of its peak it would take six minutes
     short     the model at full size for four minutes of one H200, half an epoch:
-              4.436 bits per dim of 9,968 of the 10,000 test images (one run; the
-              README has completions)
+              4.436 bits per dim of 9,968 of the 10,000 test images (one run;
+              log and completions in benchmarks/results/cifar10_short)
     half_hour the model at full size for half an hour of four GPUs, batch 64.
               On four H100s 1.1M tokens/s, so 36 minutes (one run, not finished)
 """

@@ -79,7 +79,7 @@ _WORKDIR = flags.DEFINE_string(
 OF_A_RUN = ["eval", "sample", "export"]
 OF_SOME_MODES = {
     "follow": ["eval"],
-    "checkpoint_step": ["eval", "sample", "export"],
+    "checkpoint_step": OF_A_RUN,
     "model": ["sample", "export"],
     "device": ["dry_run"],
     "topology": ["dry_run"],
@@ -131,6 +131,7 @@ def main(argv: list[str]) -> int:
         options = _CONFIG.value, _DEVICE.value, _say, _TOPOLOGY.value
         return 0 if dry_run.run(*options) else 1
     workdir = _WORKDIR.value or default_workdir()
+    # Every process says it: which is the first is not known yet.
     processes.start(_DISTRIBUTED.value, lambda line: print(line, flush=True))
     if _MODE.value == "eval":
         from sparse_flax.eval_run import EvalRun
@@ -141,10 +142,6 @@ def main(argv: list[str]) -> int:
     if _MODE.value == "sample":
         from sparse_flax.sample_run import SampleRun
 
-        if _MODEL.value:
-            workdir = _WORKDIR.value or str(
-                Path("samples") / Path(_MODEL.value).resolve().name
-            )
         sampler = SampleRun(_CONFIG.value, workdir, model=_MODEL.value, say=_say)
         sampler.run(_CHECKPOINT_STEP.value)
         return sampler.stop.status
@@ -168,7 +165,12 @@ def main(argv: list[str]) -> int:
 
 
 def default_workdir() -> str:
-    """Return runs/<config name>, with the preset where there is one."""
+    """Return runs/<config name>, with the preset where there is one.
+
+    For samples of an exported model, which has no run: samples/<its name>.
+    """
+    if _MODE.value == "sample" and _MODEL.value:
+        return str(Path("samples") / Path(_MODEL.value).resolve().name)
     flag: Any = flags.FLAGS["config"]
     path, _, preset = flag.config_filename.partition(":")
     name = Path(path).stem + (f"-{preset}" if preset else "")
@@ -251,7 +253,7 @@ def entry_point() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         sys.argv = add_saved_config(sys.argv)  # which ml_collections reads, too
-        app.run(_main_and_part, flags_parser=parse_flags)
+        app.run(_main_and_leave, flags_parser=parse_flags)
     except UserError as error:
         _end(2, f"error: {error}")
     except OSError as error:
@@ -277,7 +279,7 @@ def entry_point() -> None:
         raise
 
 
-def _main_and_part(argv: list[str]) -> int:
+def _main_and_leave(argv: list[str]) -> int:
     status = main(argv)
     processes.finish()
     return status

@@ -1,4 +1,4 @@
-"""A run, and its loop: read top to bottom once."""
+"""A run, and its loop, to be read from top to bottom."""
 
 from __future__ import annotations
 
@@ -110,12 +110,15 @@ class Trainer:
                     state.create(*args, self.config.optim.loss_scale),
                 )
                 self.saved = self.step if restored else None
-                banner.show(say, self.config, args[0], self.splits, self.saved)
+                banner.show(
+                    say, self.config, self.model_config, self.splits, self.saved
+                )
                 batch_size = self.config.train.batch_size
                 rows, self.eval_rows = map(
                     own_rows, (batch_size, self.config.eval.batch_size)
                 )
-            self.first, self.batch = self.step, None  # where this process began
+            self.first = self.step  # where this process began
+            self.batch = None
             self.stream = batches.train_batches(
                 self.splits.train,
                 batch_size=batch_size,

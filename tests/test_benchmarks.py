@@ -15,8 +15,10 @@ from benchmarks import (
     figures,
     processes,
     sampling,
+    scaling,
     table2,
     tables,
+    train_step,
 )
 from sparse_flax import attention as public
 from sparse_flax.attention import Columns, Dense, Local, Pattern
@@ -151,8 +153,6 @@ def test_what_a_gpu_is_asked_for():
     names = [task.implementation for task in todo("cases")]
     assert {"gathered", attention_cases.CUDNN} <= set(names)
     assert "reference" not in names
-    first = names.index("gathered")
-    assert set(names[first:]) == {"gathered"}  # last, since XLA tunes it for long
     # cuDNN takes no values wider than its keys, and a million tokens take seconds.
     for case in ("cifar10_half", "long"):
         assert Dense() not in [t.pattern for t in todo("cases", cases=[case])]
@@ -265,6 +265,34 @@ def test_sampling_rows_and_table(monkeypatch):
     table = tables.sampling_table(result | {"rows": [row, whole]})
     assert "| 0.50 (10%) at 42, 0.60 (0%) at 1,000 |" in table
     assert "| cifar10 | `Local(96)` | 64 | 19,661 |  | 10.0 |" in table
+
+
+def test_cases_of_train_step_and_rows_beside_earlier_ones(tmp_path):
+    args = argparse.Namespace(models=["enwik8", "cifar10"], patterns=[])
+    assert {case[0] for case in train_step.cases_of(args)} == {"enwik8", "cifar10"}
+    args.patterns = ["Strided(96)", "Local(64)"]
+    first, *others = train_step.cases_of(args)
+    assert first == ("cifar10", 32, "Strided(96)", 1)
+    # With batch and unroll of their models' first.
+    assert set(others) == {
+        ("cifar10", 32, "Local(64)", 1),
+        ("enwik8", 8, "Local(64)", 30),
+    }
+    out, about = tmp_path / "it.json", {"hardware": "H200", "versions": {"jax": "9"}}
+    row = dict.fromkeys(train_step.KEY, 0)
+    for values in ({"dropout": 0.4}, {}, {"tokens_per_s": 2.0}):
+        train_step.add({**about, **row, **values}, out)
+    assert json.loads(out.read_text()) == {
+        **about,
+        "rows": [{**row, "dropout": 0.4}, {**row, "tokens_per_s": 2.0}],
+    }
+    train_step.add({**about, "hardware": "H100", **row}, out)
+    assert json.loads(out.read_text())["rows"] == [row]
+
+
+def test_scaling_over_all_devices_half_of_them_and_so_on():
+    assert scaling.halves(8) == [8, 4, 2] and scaling.halves(2) == [2]
+    assert scaling.halves(6) == [6, 3]
 
 
 @pytest.mark.slow

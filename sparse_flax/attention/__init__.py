@@ -14,6 +14,7 @@ This package imports nothing else of sparse_flax, and no flax.
     decode.py      one new token over a cache that keeps what can still be seen
     stores.py      where decoding keeps keys and values
     layouts.py     what stands around kernels: what they take, gradient, vmap
+    parallel.py    a sequence that is spread over devices, part by part
     union.py       merge: attention over a union of disjoint key sets
     reference.py   implementation: dense masked softmax in float32
     gathered.py    implementation: blocks and views in plain XLA, any device

@@ -20,7 +20,8 @@ from sparse_flax.attention.patterns import Pattern
 
 # Fastest first: where none is named, the first that runs on the device and supports
 # the call is picked. To add an implementation, add its module here. It has
-#   runs_on(device_kind), supports(pattern, q, k, v): None, or a sentence: why not
+#   runs_on(device_kind): None, or a sentence that says why not
+#   supports(pattern, q, k, v): None, or a sentence that says why not
 #   attend(q, k, v, pattern, scale): out
 # and, to be used where a sequence is spread over devices (parallel.py),
 #   supports_parts(parts, q, k, v): as supports
