@@ -302,6 +302,10 @@ def test_scale_is_used():
     b = sparse_attention(q / 2, k, v, Local(3), scale=0.5)
     np.testing.assert_allclose(a, b, atol=1e-6)
     assert jnp.abs(a - sparse_attention(q, k, v, Local(3))).max() > 1e-2
+    mean = jnp.cumsum(v, axis=1) / jnp.arange(1, 10)[:, None, None]
+    np.testing.assert_allclose(
+        sparse_attention(q, k, v, Dense(), scale=0), mean, atol=1e-6
+    )
 
 
 def test_merge_is_exact_and_differentiable_through_all():
@@ -365,6 +369,9 @@ def test_memory_grows_as_the_keys_seen():
     for pattern in Columns, Strided, Local, Blocks:
         long, whole = temporary(64, pattern(10**9)), temporary(64, pattern(64))
         assert long <= whole
+    for pattern in Fixed, Summaries:
+        long, whole = temporary(64, pattern(10**9, 1)), temporary(64, pattern(64, 1))
+        assert long <= whole
 
 
 @pytest.mark.usefixtures("optimised")
@@ -403,7 +410,9 @@ def test_shards_compute_alone():
         np.testing.assert_allclose(one(*sharded), expected[0], atol=2e-5)
 
 
-@pytest.mark.parametrize("pattern", [Dense(), Strided(16), Fixed(16, 4)], ids=str)
+@pytest.mark.parametrize(
+    "pattern", [Dense(), Strided(16), Fixed(16, 4), Summaries(16, 4)], ids=str
+)
 def test_gathered_is_as_exact_as_dense_attention_where_it_is_peaked(pattern):
     q, k, v, d_out = inputs((2, 256, 2, 2, 64, 64))
     q *= 8
@@ -433,6 +442,16 @@ def test_explain():
     assert told.keys_per_query == pairs / 12288
     assert told.flops == 8 * 8 * pairs * 4 * 64
     assert told.bytes == 4 * 2 * 8 * 12288 * 8 * 64
+    assert told.backward_flops == 8 * 8 * pairs * 10 * 64
+    # 2 query heads on 1 key head, and values wider than keys.
+    shapes = (3, 4, 2, 8), (3, 4, 1, 8), (3, 4, 1, 32)
+    told = explain(Dense(), *shapes, device_kind="cpu")
+    assert told.implementation == "gathered"
+    assert (told.keys_per_query, told.dense_fraction) == (2.5, 1.0)
+    pairs = 3 * 2 * (1 + 2 + 3 + 4)
+    assert told.flops == pairs * 2 * (8 + 32)
+    assert told.backward_flops == pairs * 2 * (3 * 8 + 2 * 32)
+    assert told.bytes == 2 * 3 * 4 * (2 * 8 + 8 + 32 + 2 * 32)
     fixed = explain(Fixed(128, 32, rotate=True), *[(1, 12288, 8, 64)] * 3)
     assert f"{fixed.dense_fraction:.0%}" == "26%"
     q = jnp.ones((1, 4, 2, 8))

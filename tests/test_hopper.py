@@ -28,6 +28,7 @@ from sparse_flax.attention import (
     sparse_attention,
     support_table,
 )
+from sparse_flax.attention.layouts import positive, row_products
 
 needs_new_jax = pytest.mark.skipif(
     jax.__version_info__ < hopper.OLDEST_JAX, reason="the kernels need jax 0.11"
@@ -317,6 +318,20 @@ def test_other_devices_and_older_versions():
         sparse_attention(
             *[jnp.ones((1, 64, 1, 64))] * 3, Local(8), implementation="hopper"
         )
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.0, -0.2])
+def test_a_positive_scale_makes_the_same_logits(scale):
+    q = jax.random.normal(jax.random.key(0), (1, 4, 2, 8))
+    other, moved = positive(scale, q)
+    assert other > 0
+    np.testing.assert_array_equal(other * moved, scale * q)
+
+
+def test_row_products_are_summed_unrounded():
+    out, d_out = jax.random.normal(jax.random.key(0), (2, 2, 5, 3, 64), "bfloat16")
+    exact = np.einsum("BTHV,BTHV->BHT", *(np.float64(x) for x in (out, d_out)))
+    np.testing.assert_allclose(row_products(out, d_out), exact, atol=1e-5)
 
 
 def test_support_table():

@@ -131,6 +131,17 @@ def test_the_average_forgets_the_start_then_slows_down():
     np.testing.assert_allclose(mixed[0], 0.1 * 2 + 0.9 * 12, rtol=1e-6)
 
 
+def test_the_average_starts_as_the_parameters():
+    args = config_lib.model_config(CONFIG), optim.make_optimizer(CONFIG.optim)
+    with jax.set_mesh(jax.make_mesh((1, 1, 1, 1), MESH_AXES)):
+        made = state.create(*args, jax.random.key(0))
+    assert made.step == 0
+    model, average = to_numpy(made.model), to_numpy(made.ema)
+    assert model.keys() == average.keys()
+    for name, x in model.items():
+        np.testing.assert_array_equal(average[name], x, err_msg=name)
+
+
 # ---- The train step ----------------------------------------------------------------
 
 
