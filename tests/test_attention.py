@@ -308,6 +308,15 @@ def test_scale_is_used():
     )
 
 
+@pytest.mark.parametrize("pattern", [Strided(6), Fixed(8, 2)], ids=str)
+def test_logits_of_hundreds_do_not_overflow(pattern):
+    q, k, v, d_out = inputs((1, 20, 2, 1, 8, 4))
+    args = 200 * q, k, v
+    got = value_and_gradients(pattern, "gathered")(*args, d_out)
+    expected = by_hand(*args, pattern, d_out)
+    assert_close(got, expected, 5e-3)
+
+
 def test_merge_is_exact_and_differentiable_through_all():
     """Softmax over two halves, merged, is softmax over both; -inf halves vanish."""
     keys = jax.random.split(jax.random.key(0), 4)
@@ -457,6 +466,13 @@ def test_explain():
     q = jnp.ones((1, 4, 2, 8))
     assert "named" in explain(Dense(), q, q, q, implementation="reference").reason
     assert "runs" in str(told)
+
+
+@pytest.mark.parametrize("name", ["hopper", "cudnn", "tpu"])
+def test_an_implementation_for_another_device_is_refused(name):
+    shapes = [(1, 1024, 2, 64)] * 3
+    with pytest.raises(ValueError, match=f"'{name}': {name} needs .* this is cpu"):
+        explain(Strided(128), *shapes, device_kind="cpu", implementation=name)
 
 
 @pytest.mark.parametrize(

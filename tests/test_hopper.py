@@ -4,6 +4,7 @@ What only the GPU shows is in test_gpu_attention.py.
 """
 
 import functools
+import re
 import warnings
 
 import jax
@@ -343,3 +344,12 @@ def test_support_table():
     assert ("| yes | yes | yes | yes | yes |" in strided) == works
     assert all(line.startswith("|") for line in lines[: lines.index("")])
     assert lines[-1].split(". ")[1].startswith(("hopper", "cudnn"))
+    notes = dict(line.split(". ", 1) for line in lines[lines.index("") + 1 :])
+    heads = [cell.strip() for cell in lines[0].split("|")]
+    referred = set()
+    for line in lines[: lines.index("")]:
+        for name, cell in zip(heads, line.split("|"), strict=True):
+            if found := re.search(r"no \((\d+)\)", cell):
+                assert notes[found[1]].startswith(name)
+                referred.add(found[1])
+    assert referred == notes.keys()

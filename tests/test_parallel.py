@@ -198,6 +198,8 @@ def test_explains_what_is_sent():
     told = explain(Fixed(128, 32), *[shape] * 3, shards=(1, 4, 1), device_kind="cpu")
     assert "Summaries(size=128, width=32, offset=0) of all" in told.exchanges[-1]
     assert explain(Strided(128), *[shape] * 3, device_kind="cpu").exchanges == ()
+    with pytest.raises(ValueError, match="reference needs a sequence whole"):
+        explain(Dense(), *[shape] * 3, shards=(1, 4, 1), implementation="reference")
 
 
 @pytest.mark.parametrize(
