@@ -302,6 +302,19 @@ def test_scale_is_used():
     b = sparse_attention(q / 2, k, v, Local(3), scale=0.5)
     np.testing.assert_allclose(a, b, atol=1e-6)
     assert jnp.abs(a - sparse_attention(q, k, v, Local(3))).max() > 1e-2
+    mean = jnp.cumsum(v, axis=1) / jnp.arange(1, 10)[:, None, None]
+    np.testing.assert_allclose(
+        sparse_attention(q, k, v, Dense(), scale=0), mean, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("pattern", [Strided(6), Fixed(8, 2)], ids=str)
+def test_logits_of_hundreds_do_not_overflow(pattern):
+    q, k, v, d_out = inputs((1, 20, 2, 1, 8, 4))
+    args = 200 * q, k, v
+    got = value_and_gradients(pattern, "gathered")(*args, d_out)
+    expected = by_hand(*args, pattern, d_out)
+    assert_close(got, expected, 5e-3)
 
 
 def test_merge_is_exact_and_differentiable_through_all():
@@ -365,6 +378,9 @@ def test_memory_grows_as_the_keys_seen():
     for pattern in Columns, Strided, Local, Blocks:
         long, whole = temporary(64, pattern(10**9)), temporary(64, pattern(64))
         assert long <= whole
+    for pattern in Fixed, Summaries:
+        long, whole = temporary(64, pattern(10**9, 1)), temporary(64, pattern(64, 1))
+        assert long <= whole
 
 
 @pytest.mark.usefixtures("optimised")
@@ -403,7 +419,9 @@ def test_shards_compute_alone():
         np.testing.assert_allclose(one(*sharded), expected[0], atol=2e-5)
 
 
-@pytest.mark.parametrize("pattern", [Dense(), Strided(16), Fixed(16, 4)], ids=str)
+@pytest.mark.parametrize(
+    "pattern", [Dense(), Strided(16), Fixed(16, 4), Summaries(16, 4)], ids=str
+)
 def test_gathered_is_as_exact_as_dense_attention_where_it_is_peaked(pattern):
     q, k, v, d_out = inputs((2, 256, 2, 2, 64, 64))
     q *= 8
@@ -433,11 +451,28 @@ def test_explain():
     assert told.keys_per_query == pairs / 12288
     assert told.flops == 8 * 8 * pairs * 4 * 64
     assert told.bytes == 4 * 2 * 8 * 12288 * 8 * 64
+    assert told.backward_flops == 8 * 8 * pairs * 10 * 64
+    # 2 query heads on 1 key head, and values wider than keys.
+    shapes = (3, 4, 2, 8), (3, 4, 1, 8), (3, 4, 1, 32)
+    told = explain(Dense(), *shapes, device_kind="cpu")
+    assert told.implementation == "gathered"
+    assert (told.keys_per_query, told.dense_fraction) == (2.5, 1.0)
+    pairs = 3 * 2 * (1 + 2 + 3 + 4)
+    assert told.flops == pairs * 2 * (8 + 32)
+    assert told.backward_flops == pairs * 2 * (3 * 8 + 2 * 32)
+    assert told.bytes == 2 * 3 * 4 * (2 * 8 + 8 + 32 + 2 * 32)
     fixed = explain(Fixed(128, 32, rotate=True), *[(1, 12288, 8, 64)] * 3)
     assert f"{fixed.dense_fraction:.0%}" == "26%"
     q = jnp.ones((1, 4, 2, 8))
     assert "named" in explain(Dense(), q, q, q, implementation="reference").reason
     assert "runs" in str(told)
+
+
+@pytest.mark.parametrize("name", ["hopper", "cudnn", "tpu"])
+def test_an_implementation_for_another_device_is_refused(name):
+    shapes = [(1, 1024, 2, 64)] * 3
+    with pytest.raises(ValueError, match=f"'{name}': {name} needs .* this is cpu"):
+        explain(Strided(128), *shapes, device_kind="cpu", implementation=name)
 
 
 @pytest.mark.parametrize(

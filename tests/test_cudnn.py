@@ -189,6 +189,14 @@ def test_vmap_and_checkpoint():
         np.testing.assert_allclose(a, b, atol=2e-6)
 
 
+def test_vmap_over_queries_alone():
+    q, k, v, _ = inputs((3, 9, 2, 1, 4, 4))
+    run = jax.jit(plain(Strided(4), 0.5))
+    both = jax.vmap(run, (0, None, None))(jnp.stack([q, -q]), k, v)
+    np.testing.assert_allclose(both[0], run(q, k, v), atol=2e-6)
+    np.testing.assert_allclose(both[1], run(-q, k, v), atol=2e-6)
+
+
 # ---- The calls ---------------------------------------------------------------------
 
 

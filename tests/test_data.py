@@ -226,6 +226,18 @@ def test_a_part_gives_every_window_the_same_weight():
     np.testing.assert_array_equal(batch["targets_BT"], expected)
 
 
+def test_each_process_reads_its_own_rows_and_knows_the_weights_of_all():
+    evaluate = functools.partial(
+        batches.evaluation_batches, noise(100), batch_size=4, context=8
+    )
+    for whole, part in zip(evaluate(), evaluate(rows=np.array([1, 3])), strict=True):
+        np.testing.assert_array_equal(part["weights_BT"], whole["weights_BT"])
+        np.testing.assert_array_equal(
+            part["targets_BT"][[1, 3]], whole["targets_BT"][[1, 3]]
+        )
+        assert not part["targets_BT"][[0, 2]].any()
+
+
 # --- the bigram baseline
 
 
@@ -246,6 +258,24 @@ def test_bigram_equals_a_slow_count(monkeypatch):
         np.array(train, np.uint8), np.array(held_out, np.uint8)
     )
     assert found == pytest.approx(bits / len(held_out), rel=1e-12)
+
+
+def test_pairs_of_sequences_equal_a_slow_count():
+    """No pair is of two sequences, and the first bytes of each are without one."""
+    train, held_out, lag = noise(120) // 64, noise(24, 1) // 64, 3
+    train, held_out = train.reshape(10, 12), held_out.reshape(2, 12)
+    singles = Counter(train.ravel())
+    pairs = Counter((row[t], row[t + lag]) for row in train for t in range(12 - lag))
+    firsts = Counter(train[:, :-lag].ravel())
+    bits = 0.0
+    for row, t in itertools.product(held_out, range(12)):
+        p = (singles[row[t]] + 1) / (120 + 256)
+        if t >= lag:
+            before = row[t - lag]
+            p = (pairs[before, row[t]] + 16 * p) / (firsts[before] + 16)
+        bits -= math.log2(p)
+    found = bigram.bigram_bits_per_byte(train, held_out, lag)
+    assert found == pytest.approx(bits / 24, rel=1e-12)
 
 
 def test_bigram_knows_the_extremes():

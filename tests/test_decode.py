@@ -76,6 +76,28 @@ def test_reads_no_further_than_it_has_to(pattern):
     assert sum(read(pattern, T=3000, reach=21)) == sum(read(pattern, T=21))
 
 
+def test_keeps_no_summary_that_no_query_sees():
+    """The last block's own, where T is a whole number of blocks."""
+    assert read(Fixed(8, 2), T=24) == read(Fixed(8, 2), T=3000, reach=24) == [8 + 2 * 2]
+
+
+@pytest.mark.parametrize("scale", [0.7, 0.0, -0.2])
+def test_scale_is_used(scale):
+    q, k, v, _ = inputs((2, 9, 4, 2, 8, 4))
+    expected = reference.attend(q, k, v, Local(5), scale)[:, 8]
+    cache = decode.prefill(Local(5), 9, k, v, 8, group=2)
+    got, _ = decode.step(cache, q[:, 8], k[:, 8], v[:, 8], 8, scale=scale)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_a_reach_beyond_the_last_token_is_the_whole():
+    q, k, v, _ = inputs((1, 21, 4, 2, 8, 4))
+    for pattern in (Dense(), Strided(6), Fixed(8, 2)):
+        expected = reference.attend(q, k, v, pattern, 8**-0.5)
+        got = decoded(pattern, 21, q, k, v, 20, reach=100)
+        np.testing.assert_allclose(got[:, 20], expected[:, 20], atol=1e-5)
+
+
 @pytest.mark.parametrize("pattern", [Dense(), Strided(4), Fixed(8, 2)], ids=str)
 def test_64_bit_types_may_be_on(pattern):
     q, k, v, _ = inputs(SHAPES[1])

@@ -9,12 +9,16 @@ import threading
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
-from test_train import listing, rows, tiny, write_text
+from test_train import last_state, listing, rows, tiny, write_text
 
 from sparse_flax import eval_run
+from sparse_flax.data.batches import evaluation_batches
 from sparse_flax.errors import UserError
 from sparse_flax.eval_run import EvalRun
+from sparse_flax.evaluate import bits_per_byte
+from sparse_flax.sharding import make_mesh
 from sparse_flax.train import Trainer
 from sparse_flax.workdir import WorkDir
 
@@ -84,6 +88,19 @@ def test_scores_the_whole_split_on_a_mesh_beside_a_running_job(copied, text):
     assert listing(copied).items() - before.items() == {
         item for item in listing(copied).items() if item[0].endswith("eval.jsonl")
     }
+
+
+@pytest.mark.parametrize(("weights", "field"), [("ema", "ema"), ("raw", "model")])
+def test_scores_the_weights_that_are_named(copied, text, weights, field):
+    row, _ = scored(copied, tiny(text, eval__weights=weights))
+    _, restored = last_state(copied, tiny(text))
+    data = np.frombuffer(text.read_bytes(), np.uint8)[19_000:]
+    batches = evaluation_batches(data, batch_size=4, context=64, max_windows=12)
+    with jax.set_mesh(make_mesh()):
+        score = bits_per_byte(
+            getattr(restored, field), batches, count=3, stop=False, say=print
+        )
+    assert row["bits_per_byte"] == pytest.approx(score, abs=1e-5)
 
 
 def test_a_part_with_a_minimum_of_context_counts_what_it_scored(copied, text):

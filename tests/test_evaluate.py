@@ -85,6 +85,21 @@ def test_equals_a_loop_over_windows(size):
         assert abs(score - expected) < 1e-5
 
 
+def test_one_micro_batch_that_is_not_finite_is_enough():
+    model = jax.tree.map(jnp.asarray, noisy_model(CONFIG))
+    model.start_D[...] = jnp.full(16, jnp.nan)
+
+    def is_finite(*first, parts=2):
+        inputs_BT = np.array([[byte, 2, 3] for byte in first], np.int32)
+        batch = {"inputs_BT": inputs_BT, "targets_BT": np.ones_like(inputs_BT)}
+        return evaluate.is_finite(model, batch, parts)
+
+    assert is_finite(1, 1)
+    assert not is_finite(1, START)
+    assert not is_finite(START, 1)
+    assert not is_finite(START, 1, parts=1)
+
+
 def test_an_interrupted_evaluation_has_no_result():
     class StopsAfter:
         def __init__(self, calls):

@@ -4,6 +4,7 @@ What only the GPU shows is in test_gpu_attention.py.
 """
 
 import functools
+import re
 import warnings
 
 import jax
@@ -28,6 +29,7 @@ from sparse_flax.attention import (
     sparse_attention,
     support_table,
 )
+from sparse_flax.attention.layouts import positive, row_products
 
 needs_new_jax = pytest.mark.skipif(
     jax.__version_info__ < hopper.OLDEST_JAX, reason="the kernels need jax 0.11"
@@ -319,6 +321,20 @@ def test_other_devices_and_older_versions():
         )
 
 
+@pytest.mark.parametrize("scale", [0.5, 0.0, -0.2])
+def test_a_positive_scale_makes_the_same_logits(scale):
+    q = jax.random.normal(jax.random.key(0), (1, 4, 2, 8))
+    other, moved = positive(scale, q)
+    assert other > 0
+    np.testing.assert_array_equal(other * moved, scale * q)
+
+
+def test_row_products_are_summed_unrounded():
+    out, d_out = jax.random.normal(jax.random.key(0), (2, 2, 5, 3, 64), "bfloat16")
+    exact = np.einsum("BTHV,BTHV->BHT", *(np.float64(x) for x in (out, d_out)))
+    np.testing.assert_allclose(row_products(out, d_out), exact, atol=1e-5)
+
+
 def test_support_table():
     table = support_table()
     lines = table.split("\n")
@@ -328,3 +344,12 @@ def test_support_table():
     assert ("| yes | yes | yes | yes | yes |" in strided) == works
     assert all(line.startswith("|") for line in lines[: lines.index("")])
     assert lines[-1].split(". ")[1].startswith(("hopper", "cudnn"))
+    notes = dict(line.split(". ", 1) for line in lines[lines.index("") + 1 :])
+    heads = [cell.strip() for cell in lines[0].split("|")]
+    referred = set()
+    for line in lines[: lines.index("")]:
+        for name, cell in zip(heads, line.split("|"), strict=True):
+            if found := re.search(r"no \((\d+)\)", cell):
+                assert notes[found[1]].startswith(name)
+                referred.add(found[1])
+    assert referred == notes.keys()

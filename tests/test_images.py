@@ -32,6 +32,7 @@ from sparse_flax.data import (
     resized,
     sources,
 )
+from sparse_flax.data import bytes as bytes_of
 from sparse_flax.data.folder import BadFileError
 from sparse_flax.errors import UserError
 from sparse_flax.eval_run import EvalRun
@@ -535,6 +536,18 @@ def test_the_baseline_of_images_pairs_neighbouring_pixels():
     each = [bigram.bigram_bits_per_byte(data_NT, row[None], 3) for row in by_hand]
     both = bigram.bigram_bits_per_byte(data_NT, by_hand, 3)
     assert both == pytest.approx(np.mean(each))
+
+
+def test_the_baseline_scores_the_images_that_are_evaluated(monkeypatch):
+    data_NT = np.tile(noise(60, 3), 8)  # a colour is that of the next pixel
+    given = data_NT[:40], data_NT[40:], data_NT[40:]
+    splits = bytes_of.Splits("images", "here", *given, fingerprint="")
+    chosen = splits.validation[[0, 2, 5, 8, 11, 14, 17]]  # 7 of 20
+    bits = bigram.bigram_bits_per_byte(splits.train, chosen, 3)
+    assert bigram.baseline(splits, 24, 7) == (bits, "next-pixel table")
+    monkeypatch.setattr(bigram, "_ENOUGH", 300)  # bytes, of 960
+    bits = bigram.bigram_bits_per_byte(splits.train[::4], chosen, 3)
+    assert bigram.baseline(splits, 24, 7).bits == bits
 
 
 def tiny(album, tmp_path, **options):

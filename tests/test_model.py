@@ -14,6 +14,7 @@ import pytest
 from sparse_flax import config as config_lib
 from sparse_flax import optim, state
 from sparse_flax.attention import Columns, Dense, Fixed, Local, Strided, parse
+from sparse_flax.block import _biased, biased_gelu, norm
 from sparse_flax.config_checks import finalize
 from sparse_flax.evaluate import cross_entropy
 from sparse_flax.model import (
@@ -188,6 +189,15 @@ def test_initialises_as_its_table_says(init):
     assert expected.keys() <= seen
 
 
+def test_no_two_parameters_start_alike():
+    config = dataclasses.replace(TINY, qk_width=16, feed_forward=16)
+    model = jax.jit(SparseTransformer, static_argnums=0)(config, jax.random.key(0))
+    starts = [leaf.ravel()[:16] for leaf in jax.tree.leaves(model) if leaf.std() > 0]
+    assert len(starts) == 2 + 3 + 6
+    unit = np.stack([start / np.linalg.norm(start) for start in starts])
+    assert np.abs(unit @ unit.T - np.eye(len(unit))).max() < 0.9
+
+
 # ---- One pass by hand --------------------------------------------------------------
 
 
@@ -258,6 +268,66 @@ def test_one_pass_equals_the_paper_by_hand():
     expected = by_hand(model, np.asarray(inputs_BT))
     assert expected.std() > 0.5
     assert_close(logits_BTN, expected, 1e-5)
+
+
+def test_gradients_are_the_slopes_of_the_paper_by_hand():
+    """Norms, activations and biases have backward passes of the model's own."""
+    model, inputs_BT = draw(TINY, seed=3), some_inputs(T=7)
+    rng = np.random.default_rng(0)
+    weights_BTN = rng.normal(size=(2, 7, 256))
+
+    def loss(model):
+        return (model(inputs_BT) * weights_BTN).sum()
+
+    leaves, structure = jax.tree.flatten(model)
+    exact = [np.asarray(leaf, np.float64) for leaf in leaves]
+    names = [jax.tree_util.keystr(p) for p, _ in jax.tree.leaves_with_path(model)]
+    gradients = jax.tree.leaves(jax.jit(jax.grad(loss))(model))
+    for n, gradient in enumerate(gradients):
+        step = 1e-5 * rng.normal(size=gradient.shape)
+        ends = []
+        for sign in (1, -1):
+            moved = [x + sign * step if i == n else x for i, x in enumerate(exact)]
+            logits_BTN = by_hand(structure.unflatten(moved), inputs_BT)
+            ends.append((logits_BTN * weights_BTN).sum())
+        slope, error = (ends[0] - ends[1]) / 2, 1e-4 * np.linalg.norm(step)
+        error *= np.linalg.norm(gradient)
+        assert abs((gradient * step).sum() - slope) < error + 1e-9, names[n]
+
+
+@pytest.mark.parametrize(
+    "add",
+    [
+        lambda x, bias: norm(x, jnp.ones(1), bias, 1e-5),
+        lambda x, bias: biased_gelu(x + 30, bias),
+        _biased,
+    ],
+    ids=["norm", "biased_gelu", "biased"],
+)
+def test_gradients_of_biases_add_up_in_float32(add):
+    x = jnp.zeros((1, 257, 1), jnp.bfloat16)  # bfloat16 counts to 256
+    gradient = jax.grad(lambda bias: add(x, bias).astype(jnp.float32).sum())
+    assert float(gradient(jnp.zeros(1))[0]) == 257
+
+
+def test_rows_of_one_large_value_have_a_norm():
+    """In float32 the mean of squares may be below the square of the mean."""
+    x_TD = jnp.linspace(100, 10_000, 512)[:, None] * jnp.ones(48)
+    mean_T = x_TD.mean(-1)
+    assert ((x_TD**2).mean(-1) - mean_T**2).min() < -1e-5
+    assert jnp.isfinite(norm(x_TD, jnp.ones(48), jnp.zeros(48), 1e-5)).all()
+
+
+def test_the_norm_of_bfloat16_is_rounded_once():
+    x_TD = (10 + jax.random.normal(jax.random.key(0), (64, 48))).astype(jnp.bfloat16)
+    args = jnp.ones(48), jnp.zeros(48), 1e-5
+    exact_TD = norm(x_TD.astype(jnp.float32), *args)
+    np.testing.assert_array_equal(norm(x_TD, *args), exact_TD.astype(jnp.bfloat16))
+
+
+def test_logits_of_bfloat16_are_not_rounded():
+    logits_BTN = run(tiny(dtype="bfloat16"), some_inputs())
+    assert (logits_BTN != logits_BTN.astype(jnp.bfloat16)).mean() > 0.9
 
 
 @pytest.mark.parametrize("T", [1, 7])

@@ -12,6 +12,7 @@ from sparse_flax import optim, state
 from sparse_flax.config_checks import finalize
 from sparse_flax.data.batches import inputs_and_targets
 from sparse_flax.loss_scale import LossScale
+from sparse_flax.model import SparseTransformer
 from sparse_flax.sharding import MESH_AXES
 from sparse_flax.train_step import make_train_step
 
@@ -129,6 +130,18 @@ def test_the_average_forgets_the_start_then_slows_down():
     )
     mixed = optim.update_average([jnp.array(2.0)], [jnp.array(12.0)], 0, 0.999)
     np.testing.assert_allclose(mixed[0], 0.1 * 2 + 0.9 * 12, rtol=1e-6)
+
+
+def test_the_parameters_start_from_their_key_and_the_average_as_they_do():
+    args = config_lib.model_config(CONFIG), optim.make_optimizer(CONFIG.optim)
+    with jax.set_mesh(jax.make_mesh((1, 1, 1, 1), MESH_AXES)):
+        made = state.create(*args, jax.random.key(5))
+    assert made.step == 0
+    drawn = jax.jit(SparseTransformer, static_argnums=0)(args[0], jax.random.key(5))
+    model, average = to_numpy(made.model), to_numpy(made.ema)
+    for name, x in to_numpy(drawn).items():
+        np.testing.assert_allclose(model[name], x, rtol=1e-6, err_msg=name)
+        np.testing.assert_array_equal(average[name], model[name], err_msg=name)
 
 
 # ---- The train step ----------------------------------------------------------------

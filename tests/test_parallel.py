@@ -25,6 +25,7 @@ from sparse_flax.attention import (
     Summaries,
     cudnn,
     explain,
+    gathered,
     hopper,
     parallel,
     parts,
@@ -112,6 +113,19 @@ def test_any_number_of_devices(devices):
     assert_close(got, by_hand(*args[:3], pattern, args[3]), 2e-5)
 
 
+@pytest.mark.parametrize(
+    "pattern", [Strided(100), Fixed(100, 2), Local(4), Dense()], ids=str
+)
+def test_scale_is_used_and_a_stride_or_block_may_be_longer_than_the_sequence(pattern):
+    q, k, v, _ = inputs((1, 16, 2, 1, 4, 4))
+    expected = reference.attend(q, k, v, pattern, 0.8)
+    with jax.set_mesh(mesh_of(1, 1, 1, 2)):
+        got = jax.jit(functools.partial(sparse_attention, pattern=pattern, scale=0.8))(
+            *spread((q, k, v))
+        )
+    np.testing.assert_allclose(got, expected, atol=2e-5)
+
+
 def test_second_derivatives():
     q, k, v, _ = inputs((1, 16, 1, 1, 4, 4))
 
@@ -184,6 +198,8 @@ def test_explains_what_is_sent():
     told = explain(Fixed(128, 32), *[shape] * 3, shards=(1, 4, 1), device_kind="cpu")
     assert "Summaries(size=128, width=32, offset=0) of all" in told.exchanges[-1]
     assert explain(Strided(128), *[shape] * 3, device_kind="cpu").exchanges == ()
+    with pytest.raises(ValueError, match="reference needs a sequence whole"):
+        explain(Dense(), *[shape] * 3, shards=(1, 4, 1), implementation="reference")
 
 
 @pytest.mark.parametrize(
@@ -213,6 +229,8 @@ def test_refuses_implementations_that_need_the_whole_sequence():
         with pytest.raises(ValueError, match="reshard the width"):
             x = jax.device_put(args[0], P(None, None, None, "context"))
             sparse_attention(x, x, x, Strided(4))
+        with pytest.raises(ValueError, match=r"q is sharded as .* v as .* alike"):
+            sparse_attention(*spread(args[:2]), args[2], Strided(4))
 
 
 # ---- Kernels -----------------------------------------------------------------------
@@ -240,21 +258,42 @@ def test_kernels_get_the_statistics_of_the_union(pattern):
 
     def run(q, k, v, d_out):
         attend = functools.partial(
-            parallel.attend, pattern=pattern, scale=8**-0.5, axis="context"
+            parallel.attend, pattern=pattern, scale=2 * 8**-0.5, axis="context"
         )
-        out, pull = jax.vjp(
-            jax.shard_map(
-                functools.partial(attend, module=module),
-                in_specs=(SPEC,) * 3,
-                out_specs=SPEC,
-            ),
-            *(q, k, v),
+        attend = jax.shard_map(
+            functools.partial(attend, module=module),
+            in_specs=(SPEC,) * 3,
+            out_specs=SPEC,
         )
+        out, pull = jax.vjp(lambda q, k, v: attend(q / 2, k, v), q, k, v)
         return out, *pull(d_out)
 
     with jax.set_mesh(mesh_of(2, 1, 1, 4)):
         got = jax.jit(run)(*spread(args))
     assert_close(got, by_hand(*args[:3], pattern, args[3]), 2e-5)
+
+
+@pytest.mark.parametrize("pattern", [Strided(4), Fixed(4, 2), Local(20)], ids=str)
+def test_an_implementation_is_asked_about_the_queries_that_it_gets(pattern):
+    asked, got = [], []
+
+    def supports_parts(parts, q, k, v):
+        asked.append((parts, q.shape, q.dtype))
+
+    def attend_parts(q, k, v, parts, scale):
+        got.append((parts, q.shape, q.dtype))
+        return gathered.attend_parts(q, k, v, parts, scale)
+
+    module = Hashable(supports_parts=supports_parts, attend_parts=attend_parts)
+    q, k, v, _ = inputs((2, 32, 4, 2, 8, 4))
+    attend = functools.partial(
+        parallel.attend, pattern=pattern, scale=1.0, axis="context", module=module
+    )
+    with jax.set_mesh(mesh_of(1, 1, 1, 4)):
+        attend = jax.shard_map(attend, in_specs=(SPEC,) * 3, out_specs=SPEC)
+        jax.eval_shape(attend, *spread((q, k, v)))
+    assert not parallel.supports(module, pattern, q[:, :8], k[:, :8], v[:, :8], 4)
+    assert set(asked) == set(got)
 
 
 class Hashable(types.SimpleNamespace):

@@ -237,6 +237,7 @@ def test_without_a_mesh_nothing_is_laid_out():
     assert batch_shards() == 1
     with jax.set_mesh(make_mesh(2, 2, 2)):
         assert activation("BTHK") == P(("data", "fsdp"), "context", "tensor", None)
+        assert activation("BTF") == P(("data", "fsdp"), "context", "tensor")
         assert batch_shards() == 4
         rows = put_batch({"x": np.zeros((8, 2))})["x"]
         with whole_sequences():
