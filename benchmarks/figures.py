@@ -1,11 +1,13 @@
 """Draw the README's figures, but for the curves, which are of runs.
 
-python benchmarks/figures.py           # writes into docs/
+    python benchmarks/figures.py
 
-patterns.png           who sees whom
-attention_growth.png   time against T, from benchmarks/results/attention.json
-music.png              sound that a model went on with, from benchmarks/results/
-                       models/continued-*.ogg
+Writes into docs/:
+
+    patterns.png           who sees whom
+    attention_growth.png   time against T, from benchmarks/results/attention.json
+    music.png              sound that a model went on with, from benchmarks/results/
+                           models/continued-*.ogg
 """
 
 from __future__ import annotations
