@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import itertools
 import json
 import os
 import sys
@@ -141,10 +142,9 @@ def one_process(options: argparse.Namespace) -> int:
         and (options.number == 0 or task.section != "crossover")
     ]
     compiler = programs.Compiler(options.cache)
-    # XLA tunes `gathered` for minutes, so the others are timed before it begins.
-    for tuned in (False, True):
-        group = [task for task in tasks if (task.implementation == "gathered") == tuned]
-        if not rows_of(group, compiler, record, options):
+    # The others are timed before the tuning begins.
+    for _, group in itertools.groupby(tasks, key=lambda task: task.tuned):
+        if not rows_of(list(group), compiler, record, options):
             return processes.OUT_OF_TIME
     return 0
 

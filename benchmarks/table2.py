@@ -206,8 +206,8 @@ class Bench:
         line = ["-m", "sparse_flax.main", f"--config=configs/{data}.py:short", *words]
         where = [f"--workdir={folder}", f"--config.data.path={self.given[data]}"]
         print(f"{name}: {shlex.join(line)}", flush=True)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with folder.with_name(f"{name}.log").open("a") as log:
+        self.args.workdir.mkdir(parents=True, exist_ok=True)
+        with (self.args.workdir / f"{name}.log").open("a") as log:
             ended = subprocess.run(
                 [sys.executable, *line, *where],
                 cwd=ROOT,

@@ -52,12 +52,12 @@ def attention_table(result: dict, peer: dict | None = None) -> str:
     notes = [
         "bfloat16, milliseconds forward / forward and backward; errors are relative "
         "2-norms against float32, of the leftmost way. "
-        f"{_medians(result['rows'])}. {_on(result, result['rows'])}"
+        f"{_measured(result)}"
     ]
     if peer:
         notes.append(
             f"{TORCH} is the fastest of {', '.join(_names(peer['rows']))}. "
-            f"{_medians(peer['rows'])}. {_on(peer)}"
+            f"{_measured(peer)}"
         )
     return "\n".join([_markdown(lines), *(f"\n{note}" for note in notes)])
 
@@ -84,7 +84,7 @@ def growth_table(result: dict) -> str:
     )
     if len(rows) > 1:
         note += f"; over all {slope(rows[0], rows[-1])}"
-    return f"{_markdown(lines)}\n\n{note}. {_medians(rows)}. {_on(result, rows)}"
+    return f"{_markdown(lines)}\n\n{note}. {_measured(result)}"
 
 
 def slope(first: dict, last: dict) -> str:
@@ -122,8 +122,7 @@ def crossover_table(result: dict) -> str:
         "blocks at least 64, summaries a quarter of the block, 8 heads of 64, batches "
         "of as many tokens"
     )
-    notes = f"{note}. {_medians(result['rows'])}. {_on(result, result['rows'])}"
-    return f"{_markdown(lines)}\n\n{notes}"
+    return f"{_markdown(lines)}\n\n{note}. {_measured(result)}"
 
 
 def _ratios(dense: dict | None, row: dict | None) -> list[float]:
@@ -156,6 +155,11 @@ def _fastest(rows: list[dict]) -> list[dict]:
 
 def _names(rows: list[dict]) -> list[str]:
     return sorted({row["implementation"].removeprefix("torch ") for row in rows})
+
+
+def _measured(result: dict) -> str:
+    """Of how many processes the numbers are medians, on what, by which commands."""
+    return f"{_medians(result['rows'])}. {_on(result, result['rows'])}"
 
 
 def _medians(rows: list[dict]) -> str:
@@ -313,7 +317,7 @@ def table2_table(result: dict) -> str:
             [row for row in rows if row["budget"] in (budget, "both")]
             for budget in ("steps", "time")
         )
-        many = f"{statistics.median(r['steps'] for r in time):,.0f}" if time else ""
+        reached = f"{statistics.median(r['steps'] for r in time):,.0f}" if time else ""
         lines.append(
             [
                 f"{data}, {size}",
@@ -323,7 +327,7 @@ def table2_table(result: dict) -> str:
                 PAPER_TABLE2[data, pattern],
                 _over_seeds([row["test"] for row in steps]),
                 _over_seeds([row["test"] for row in time]),
-                many,
+                reached,
             ]
         )
     return f"{_markdown(lines)}\n\n{_on(result)}"
@@ -341,9 +345,7 @@ def _on(result: dict, rows: Sequence[dict] = ()) -> str:
     versions = result["versions"]
     if not isinstance(versions, str):
         versions = ", ".join(f"{name} {number}" for name, number in versions.items())
-    commands = [row["command"] for row in rows if "command" in row]
-    if "command" in result:
-        commands = [result["command"]]
+    commands = [each["command"] for each in (result, *rows) if "command" in each]
     command = f": `{'; '.join(dict.fromkeys(commands))}`" if commands else ""
     return f"On {result['hardware']} ({versions}){command}."
 
