@@ -322,9 +322,9 @@ def test_table2_trains_every_cell_once(monkeypatch, tmp_path, capsys):
         ("fixed", "time"),
     ]
     assert sparse[0]["steps"] == dense["steps"]
-    assert (workdir / "books-scaled-dense-0-0.002-1-both.log").exists()
+    assert (workdir / "books-scaled-dense-0-0.0005-1-both.log").exists()
     assert all(0 < row["test"] <= 8.1 for row in result["rows"])
-    assert "| books, scaled | 1 | 0.002 | fixed |" in tables.table2_table(result)
+    assert "| books, scaled | 1 | 0.0005 | fixed |" in tables.table2_table(result)
     # Finished cells are skipped, and what does not fit is not begun.
     capsys.readouterr()
     table2.main()
