@@ -14,7 +14,6 @@ devices, ring_bytes, rows: [{pattern, sent: {collective: [calls, bytes]}, bytes}
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -28,7 +27,7 @@ import jax.numpy as jnp  # noqa: E402
 from jax.sharding import NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
-from benchmarks.processes import versions  # noqa: E402
+from benchmarks import processes  # noqa: E402
 from sparse_flax import program, topology  # noqa: E402
 from sparse_flax.attention import parse, sparse_attention  # noqa: E402
 from sparse_flax.sharding import make_mesh  # noqa: E402
@@ -47,7 +46,7 @@ def main() -> None:
     shard = B * T // len(chips) * H * K * jnp.bfloat16.dtype.itemsize
     record = {
         "hardware": f"{len(chips)} x {chips[0].device_kind}, compiled and not run",
-        "versions": versions("jax", "jaxlib", "libtpu"),
+        "versions": processes.versions("jax", "jaxlib", "libtpu"),
         "command": "python benchmarks/context_bytes.py",
         "shape_BTHK": [B, T, H, K],
         "devices": len(chips),
@@ -65,7 +64,7 @@ def main() -> None:
             }
         )
         print(record["rows"][-1], flush=True)
-    RESULT.write_text(json.dumps(record, indent=1) + "\n")
+    processes.write(RESULT, record)
 
 
 def exchanged(pattern, chips) -> dict[str, program.Sent]:

@@ -56,9 +56,7 @@ class Record:
 
     def _write(self) -> None:
         kept = {"about": self.about, "doing": self.doing, "rows": self.rows}
-        new = self.path.with_suffix(".new")
-        new.write_text(json.dumps(kept))
-        new.replace(self.path)
+        write(self.path, kept)
 
 
 def record_path(out: Path, number: int) -> Path:
@@ -188,9 +186,17 @@ def command_line() -> str:
     return f"python {shlex.join(words)}"
 
 
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Write what was measured as JSON; a cut leaves the old file whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(result, indent=1) + "\n")
+    new.replace(path)
+
+
 def finish(out: Path, result: dict[str, Any], missing: str, processes: int) -> None:
     """Write the result; remove the records if nothing is missing, else exit."""
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    write(out, result)
     print(f"wrote {out}")
     if missing:
         print(f"{missing}: the same command goes on from here")

@@ -25,7 +25,6 @@ import argparse
 import dataclasses
 import functools
 import itertools
-import json
 import runpy
 import sys
 import time
@@ -79,8 +78,7 @@ def main() -> None:
             row = window(name, config, rows, device.device_kind)
         print(f"  {shown(row)}", flush=True)
         record["rows"].append(row)
-        args.out.parent.mkdir(exist_ok=True, parents=True)
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+        processes.write(args.out, record)
 
 
 def parse() -> argparse.Namespace:

@@ -18,7 +18,6 @@ loss_error (of the bits per byte of the fourth step, relative)}]}.
 from __future__ import annotations
 
 import argparse
-import json
 import runpy
 import sys
 import time
@@ -73,8 +72,7 @@ def main() -> None:
             row["times"] = axis and row["tokens_per_s"] / alone["tokens_per_s"]
             row["loss_error"] = abs(bits / alone_bits - 1)
             record["rows"].append(row)
-            args.out.parent.mkdir(exist_ok=True, parents=True)
-            args.out.write_text(json.dumps(record, indent=1) + "\n")
+            processes.write(args.out, record)
             print(row, flush=True)
 
 

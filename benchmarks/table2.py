@@ -154,7 +154,7 @@ class Bench:
             "command": command,
         }
         self.result["rows"].append(row)
-        self.write()
+        processes.write(self.args.out, self.result)
         print(json.dumps(row), flush=True)
 
     def trial(self, key: dict[str, Any]) -> dict[str, Any]:
@@ -171,7 +171,7 @@ class Bench:
         _, rows = self.train(name, run, options)
         trial = {**key, "steps_per_s": self.steps_per_s(name, rows)}
         self.result["trials"].append(trial)
-        self.write()
+        processes.write(self.args.out, self.result)
         return trial
 
     def steps_per_s(self, name: str, rows: list[dict[str, Any]]) -> float:
@@ -242,11 +242,6 @@ class Bench:
         if left < seconds + OVERHEAD:
             print("out of time: the same command goes on from here")
             sys.exit(processes.OUT_OF_TIME)
-
-    def write(self) -> None:
-        """Write what there is."""
-        self.args.out.parent.mkdir(parents=True, exist_ok=True)
-        self.args.out.write_text(json.dumps(self.result, indent=1) + "\n")
 
 
 @functools.cache

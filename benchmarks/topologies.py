@@ -24,7 +24,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the package, also where it is not installed
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from benchmarks.processes import versions  # noqa: E402
+from benchmarks import processes  # noqa: E402
 from sparse_flax import config as config_lib  # noqa: E402
 from sparse_flax import devices, flops, memory, topology  # noqa: E402
 from sparse_flax.config_checks import finalize  # noqa: E402
@@ -83,7 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("configs", nargs="*", help="compile these again")
     options = parser.parse_args()
-    about = versions("jax", "libtpu")
+    about = processes.versions("jax", "libtpu")
     old = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     kept = old.get("rows", []) if old.get("versions") == about else []
     rows = {
@@ -100,8 +100,7 @@ def main() -> None:
         size = memory.gib(made["bytes"] or math.inf)
         print(f"... {size} in {made['compile_s']} s", flush=True)
         ordered = [rows[case] for case in CASES if case in rows]
-        text = json.dumps({"versions": about, "rows": ordered}, indent=1)
-        RESULT.write_text(text + "\n")
+        processes.write(RESULT, {"versions": about, "rows": ordered})
 
 
 if __name__ == "__main__":

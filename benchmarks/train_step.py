@@ -30,6 +30,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # so that it runs from a clone that is not installed
 RESULTS = Path(__file__).with_name("results") / "train_step.json"
 
+from benchmarks import processes  # noqa: E402
+
 # (model, batch size, pattern, unroll): the paper's, and the others of its table 2. The
 # unrolled ones have no loop over layers left.
 CASES = [
@@ -123,8 +125,7 @@ def add(row: dict, path: Path) -> None:
     same = all(old.get(key) == value for key, value in about.items())
     rows = {tuple(r[k] for k in KEY): r for r in (old["rows"] if same else [])}
     rows[tuple(row[k] for k in KEY)] = row
-    path.parent.mkdir(exist_ok=True, parents=True)
-    path.write_text(json.dumps({**about, "rows": [*rows.values()]}, indent=1) + "\n")
+    processes.write(path, {**about, "rows": [*rows.values()]})
 
 
 def parse() -> argparse.Namespace:
@@ -152,7 +153,6 @@ def measure(args: argparse.Namespace) -> dict:
     import jax
     import numpy as np
 
-    from benchmarks import processes
     from sparse_flax import config as config_lib
     from sparse_flax import devices, flops, optim, sharding, state
     from sparse_flax.config_checks import finalize
