@@ -81,7 +81,6 @@ def measure_all(
     Returns:
       the records, and why they are not whole ('' if they are).
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
     records = []
     for number in range(processes):
         print(f"process {number + 1} of {processes}", flush=True)
@@ -188,6 +187,7 @@ def command_line() -> str:
 
 def write(path: Path, result: dict[str, Any]) -> None:
     """Write what was measured as JSON; a cut leaves the old file whole."""
+    # workdir.write_atomically imports JAX; the peers run where there is none.
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_suffix(".new")
     new.write_text(json.dumps(result, indent=1) + "\n")

@@ -176,8 +176,7 @@ def main() -> None:
         row |= outcome(command, 60 * options.kind_minutes)
         print(f"  {row}", flush=True)
         result["rows"].append(row)
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        processes.write(options.out, result)
 
 
 def outcome(command: list[str], seconds: float) -> dict[str, Any]:
